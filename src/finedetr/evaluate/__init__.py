@@ -1,0 +1,1 @@
+"""Detections and targets in, numbers and pictures out."""

@@ -1,0 +1,1 @@
+"""Pictures in, answers out. Knows no loss, no teacher, no data set."""

@@ -1,0 +1,84 @@
+"""What a detector is made of: frozen dataclasses. `zoo.py` holds the published rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finedetr.errors import ConfigError
+
+__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "ModelConfig"]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """An HGNetv2: its name in the table of `hgnet.py` and what of it is used."""
+
+    name: str = "B0"
+    affine: bool = True  # learnable affine blocks after each activation
+    stages: tuple[int, ...] = (1, 2, 3)  # indices of the returned stages, strides 4·2^i
+    freeze_stem: bool = False
+    freeze_norm: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The hybrid encoder of the RT-DETR family."""
+
+    width: int = 256  # h
+    feedforward: int = 1024
+    expansion: float = 1.0
+    depth: float = 1.0
+    layers: int = 1  # of the transformer on the coarsest level
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The D-FINE decoder."""
+
+    width: int = 256  # d
+    feedforward: int = 1024
+    layers: int = 6
+    heads: int = 8
+    points: tuple[int, ...] = (3, 6, 3)  # sampling points of each level
+    queries: int = 300
+    bins: int = 33
+    scale: float = 4.0  # reg_scale
+    up: float = 0.5
+    activation: Literal["relu", "silu"] = "relu"  # DEIM: silu
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole detector. The number of classes and the input size are not part of it."""
+
+    name: str
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the input for each cell of each level."""
+        return tuple(4 * 2**stage for stage in self.backbone.stages)
+
+    @property
+    def largest_stride(self) -> int:
+        """What height and width of the input must be multiples of."""
+        return self.strides[-1]
+
+    def __post_init__(self) -> None:
+        if len(self.decoder.points) != len(self.backbone.stages):
+            raise ConfigError(
+                f"decoder.points names {len(self.decoder.points)} levels, the backbone returns "
+                f"{len(self.backbone.stages)}; give one number of points for each returned stage"
+            )
+        if self.decoder.bins % 2 == 0:
+            raise ConfigError(f"decoder.bins must be odd, so that one bin means 'do not move'; got {self.decoder.bins}")
+        for part, width, heads in (
+            ("encoder", self.encoder.width, self.encoder.heads),
+            ("decoder", self.decoder.width, self.decoder.heads),
+        ):
+            if width % heads or width % 4:
+                raise ConfigError(f"{part}.width must be a multiple of its {heads} heads and of 4; got {width}")

@@ -1,0 +1,1 @@
+"""One file a paper: a function from a recipe to a recipe."""

@@ -1,0 +1,1 @@
+"""Answers and targets in, losses out. Knows no model class."""
