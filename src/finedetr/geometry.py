@@ -7,10 +7,24 @@ element-wise over leading dimensions: pair up what is to be compared, there is n
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["area", "giou", "inverse_sigmoid", "iou", "iou_giou", "to_cxcywh", "to_xyxy"]
+from finedetr.errors import ConfigError
+
+__all__ = [
+    "area",
+    "bin_values",
+    "bracket",
+    "decode_edges",
+    "encode_edges",
+    "giou",
+    "inverse_sigmoid",
+    "iou",
+    "iou_giou",
+    "to_cxcywh",
+    "to_xyxy",
+]
 
 
 def to_xyxy(boxes: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N 4"]:
@@ -62,3 +76,56 @@ def inverse_sigmoid(x: Float[Tensor, "*N"], eps: float = 1e-5) -> Float[Tensor, 
     """Logit with both tails clipped: log(max(x, eps) / max(1 - x, eps)) for x in [0, 1]."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def bin_values(bins: int = 33, up: float = 0.5, scale: float = 4.0) -> Float[Tensor, " K"]:
+    """What each bin of an edge distribution means: W(n) of D-FINE (Peng et al., 2024, eq. 3), ascending, fp32.
+
+    One unit is the anchor's width (or height) divided by `scale`. The bins are fine around zero and coarse far off:
+    the second and the last but one move an edge by `up` of the size, the outermost two by twice that.
+
+    Args:
+        bins: K, odd and at least 5 (33 in all published models).
+        up: The reach of the inner bins, as a part of the size.
+        scale: reg_scale; 4 in all published models but D-FINE-X (8).
+    """
+    if bins < 5 or bins % 2 == 0:
+        raise ConfigError(f"bins: an odd number of at least 5 is wanted, {bins} came", code="bins")
+    reach = abs(up * scale)
+    powers = torch.arange(1, (bins - 1) // 2, dtype=torch.float64) * (2 / (bins - 3))
+    positive = torch.cat(((reach + 1.0) ** powers - 1, torch.tensor([2 * reach], dtype=torch.float64)))
+    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive)).float()
+
+
+def decode_edges(
+    anchors: Float[Tensor, "*#N 4"], distances: Float[Tensor, "*#N 4"], scale: float
+) -> Float[Tensor, "*N 4"]:
+    """Boxes (cxcywh) whose edges stand at `distances` (left, top, right, bottom) from those of `anchors` (cxcywh).
+
+    Distances are in units of the anchor's size / scale, positive outwards; zero gives the anchor itself.
+    """
+    center, size = anchors[..., :2], anchors[..., 2:]
+    unit = size / scale
+    low = center - (0.5 * scale + distances[..., :2]) * unit
+    high = center + (0.5 * scale + distances[..., 2:]) * unit
+    return torch.cat(((low + high) * 0.5, high - low), dim=-1)
+
+
+def encode_edges(anchors: Float[Tensor, "*#N 4"], xyxy: Float[Tensor, "*#N 4"], scale: float) -> Float[Tensor, "*N 4"]:
+    """The inverse of `decode_edges`, for boxes given as corners: how far each edge stands from the anchor's."""
+    center, unit = anchors[..., :2], anchors[..., 2:] / scale + 1e-16
+    low = (center - xyxy[..., :2]) / unit - 0.5 * scale
+    high = (xyxy[..., 2:] - center) / unit - 0.5 * scale
+    return torch.cat((low, high), dim=-1)
+
+
+def bracket(distances: Float[Tensor, "*N"], bins: Float[Tensor, " K"]) -> tuple[Int[Tensor, "*N"], Float[Tensor, "*N"]]:
+    """The two neighboring bins between which each distance lies: the lower's index, and the weight of the upper.
+
+    The index is at most K - 2. Distances outside the bins are taken for the outermost one: weight 0 of the upper
+    neighbor below the range, 1 above it.
+    """
+    inside = distances.clamp(bins[0], bins[-1])
+    lower = (torch.searchsorted(bins, inside.contiguous(), right=True) - 1).clamp(0, bins.shape[0] - 2)
+    low, high = bins[lower], bins[lower + 1]
+    return lower, (inside - low) / (high - low)
