@@ -184,7 +184,7 @@ class Output:
 
     matching: Prediction
     groups: tuple[tuple[QueryGroup, Prediction], ...] = ()
-    memory: tuple[Float[Tensor, "B D H W"], ...] = ()  # the encoder's pyramid
+    memory: tuple[Float[Tensor, "B D _ _"], ...] = ()  # the encoder's pyramid
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,120 @@
+"""Attention among queries, and of queries to the pyramid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+__all__ = ["DeformableAttention", "SelfAttention"]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with positions on queries and keys only; no attention map is ever materialized.
+
+    `qk` and `v` are the two parts of the usual joint input projection: queries and keys read x + positions, values x.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qk = nn.Linear(width, 2 * width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        bound = math.sqrt(6 / (4 * width))  # xavier_uniform of the joint [3·width, width] projection
+        for layer in (self.qk, self.v):
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        positions: Float[Tensor, "*B N D"],
+        blocked: Bool[Tensor, "E N"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens look at one another.
+
+        Args:
+            x: Content.
+            positions: Added to what queries and keys are made of.
+            blocked: For the first E tokens (extra query groups): True where the row must not see the column. The
+                remaining tokens see one another and none of the first E, always; None: E is 0.
+        """
+        q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qk(x + positions).chunk(2, dim=-1))
+        v = self.v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if blocked is None:
+            seen = F.scaled_dot_product_attention(q, k, v)
+        else:
+            extra = blocked.shape[0]
+            # two calls, so that no number of an extra group can touch the matching queries, not even by rounding
+            seen = torch.cat(
+                (
+                    F.scaled_dot_product_attention(q[:, :, :extra], k, v, attn_mask=~blocked),
+                    F.scaled_dot_product_attention(q[:, :, extra:], k[:, :, extra:], v[:, :, extra:]),
+                ),
+                dim=2,
+            )
+        out: Tensor = self.out(seen.transpose(1, 2).flatten(2))
+        return out
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention without value and output projection (D-FINE, spec 1.4 step 2).
+
+    Each head samples `points[l]` places of level l around the reference box and adds them with softmax weights over
+    all points of all levels.
+    """
+
+    def __init__(self, width: int, heads: int, points: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads, self.points = heads, points
+        total = sum(points)
+        self.sampling_offsets = nn.Linear(width, heads * total * 2)
+        self.attention_weights = nn.Linear(width, heads * total)
+        # half of the reference's size, shared among the points of a level
+        self.register_buffer(
+            "reach", torch.cat([torch.full((n, 1), 0.5 / n) for n in points]) if total else None, persistent=False
+        )
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Points start on rays, one direction a head, at distances 1, 2, … (Deformable DETR)."""
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        rays = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        rays = rays / rays.abs().amax(dim=-1, keepdim=True)
+        steps = torch.cat([torch.arange(1, n + 1, dtype=torch.float32) for n in self.points])
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((rays[:, None] * steps[:, None]).flatten())
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        boxes: Float[Tensor, "B N 4"],
+        memory: tuple[Float[Tensor, "B D H W"], ...],
+    ) -> Float[Tensor, "B N D"]:
+        """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1])."""
+        batch, queries, width = x.shape
+        offsets = self.sampling_offsets(x).view(batch, queries, self.heads, -1, 2).float()
+        weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
+        boxes = boxes[:, :, None, None]
+        places = boxes[..., :2] + offsets * self.reach * boxes[..., 2:]
+        # [B, N, heads, P, 2] -> [B·heads, N, P, 2], in grid_sample's -1..1
+        places = (2 * places - 1).transpose(1, 2).flatten(0, 1)
+        weights = weights.transpose(1, 2).flatten(0, 1)
+        sampled = [
+            F.grid_sample(
+                level.reshape(batch * self.heads, width // self.heads, *level.shape[-2:]).float(),
+                grid,
+                align_corners=False,
+            )
+            for level, grid in zip(memory, places.split(self.points, dim=2), strict=True)
+        ]
+        seen = (torch.cat(sampled, dim=-1) * weights[:, None]).sum(dim=-1)  # [B·heads, D/heads, N]
+        return seen.view(batch, width, queries).transpose(1, 2).to(x.dtype)

@@ -1,0 +1,148 @@
+"""The detector: the only place where backbone, encoder, queries and decoder meet."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from finedetr.errors import DataError
+from finedetr.model.config import ModelConfig
+from finedetr.model.decoder import Decoder, Refinement, join_blocked
+from finedetr.model.encoders import HybridEncoder
+from finedetr.model.hgnet import HGNet
+from finedetr.model.layers import ConvNorm
+from finedetr.model.queries import QuerySelection
+from finedetr.records import Edges, Output, Prediction, QueryGroup
+
+__all__ = ["Detector"]
+
+
+class Detector(nn.Module):
+    """Images to answers.
+
+    Args:
+        config: What it is made of; see `finedetr.model.zoo.variant`.
+        classes: Number of classes C.
+    """
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        self.config, self.classes = config, classes
+        width = config.decoder.width
+        self.backbone = HGNet(config.backbone)
+        self.encoder = HybridEncoder(config.encoder, self.backbone.channels)
+        self.decoder_input_proj = nn.ModuleList(
+            nn.Identity() if config.encoder.width == width else ConvNorm(config.encoder.width, width)
+            for _ in self.backbone.channels
+        )
+        self.selection = QuerySelection(width, classes, config.decoder.queries, config.decoder.activation)
+        # row C stands for padding slots and stays zero
+        self.label_embedding = nn.Embedding(classes + 1, width, padding_idx=classes)
+        self.decoder = Decoder(config.decoder, classes)
+        for module in (*self.encoder.input_proj, *self.decoder_input_proj):
+            if isinstance(module, ConvNorm):
+                nn.init.xavier_uniform_(module.conv.weight)
+
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        extra: tuple[QueryGroup, ...] = (),
+        all_stages: bool | None = None,
+    ) -> Output:
+        """Detects.
+
+        Args:
+            images: RGB in [0, 1]; H and W multiples of the largest stride (32).
+            extra: Query groups from outside. Whatever they hold, the matching queries answer the same.
+            all_stages: Answer at all stages, ("encoder", "initial", "layer0", …), or only at the last; by default all
+                in training and only the last in eval.
+
+        Raises:
+            DataError: H or W is no multiple of the largest stride.
+        """
+        self._check_size(images)
+        all_stages = self.training if all_stages is None else all_stages
+        pyramid = self.encoder(self.backbone(images))
+        memory = tuple(project(level) for project, level in zip(self.decoder_input_proj, pyramid, strict=True))
+        shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
+        tokens = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in memory], dim=1)
+        queries = self.selection(tokens, shapes)
+
+        content = [self._content(group, queries.content.dtype) for group in extra]
+        blocked = None
+        if extra:
+            blocked = join_blocked(
+                [group.boxes.shape[1] for group in extra],
+                [group.blocked for group in extra],
+                [group.sees_matching for group in extra],
+                queries.boxes.shape[1],
+                images.device,
+            )
+        answers = self.decoder(
+            torch.cat([*content, queries.content], dim=1),
+            torch.cat([*(group.boxes for group in extra), queries.boxes], dim=1),
+            memory,
+            blocked,
+            all_stages or bool(extra),
+        )
+        return self._output(answers, queries.logits, queries.answers, extra, all_stages, pyramid)
+
+    def _output(
+        self,
+        answers: Refinement,
+        encoder_logits: Tensor,
+        encoder_boxes: Tensor,
+        extra: tuple[QueryGroup, ...],
+        all_stages: bool,
+        pyramid: tuple[Tensor, ...],
+    ) -> Output:
+        """Cuts the answers of the joined queries into their groups."""
+        layers = len(self.decoder.layers)
+        names = ("initial", *(f"layer{i}" for i in range(layers)))
+        predictions = [self._prediction(answers, slice(start, start + size), names) for start, size in _spans(extra)]
+        own = slice(sum(group.boxes.shape[1] for group in extra), None)
+        if all_stages:
+            matching = self._prediction(answers, own, names)
+            matching = Prediction(
+                torch.cat((encoder_logits.float()[None], matching.logits)),
+                torch.cat((encoder_boxes[None], matching.boxes)),
+                ("encoder", *names),
+                matching.edges,
+            )
+        else:
+            matching = self._prediction(answers, own, names[-1:])
+        return Output(matching, tuple(zip(extra, predictions, strict=True)), pyramid)
+
+    def _prediction(self, answers: Refinement, span: slice, names: tuple[str, ...]) -> Prediction:
+        table = self.decoder.bin_table
+        stages = len(names)
+        layers = min(stages, answers.corners.shape[0])
+        edges = Edges(answers.corners[-layers:, :, span], answers.anchors[:, span], table.values, table.scale)
+        return Prediction(answers.logits[-stages:, :, span].float(), answers.boxes[-stages:, :, span], names, edges)
+
+    def _content(self, group: QueryGroup, dtype: torch.dtype) -> Tensor:
+        if group.content is not None:
+            return group.content.to(dtype)
+        embedded: Tensor = self.label_embedding(group.labels)
+        return embedded.to(dtype)
+
+    def _check_size(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        stride = self.config.largest_stride
+        if height % stride or width % stride:
+            near = [max(stride, side // stride * stride) for side in (int(height), int(width))]
+            raise DataError(
+                f"{self.config.name} needs a height and width that are multiples of {stride}, got {height}x{width}",
+                code="size",
+                hint=f"Use {near[0]}x{near[1]} or {near[0] + stride}x{near[1] + stride}.",
+            )
+
+
+def _spans(extra: tuple[QueryGroup, ...]) -> list[tuple[int, int]]:
+    """First query and number of queries of each group, in the order in which the decoder sees them."""
+    spans, start = [], 0
+    for group in extra:
+        spans.append((start, group.boxes.shape[1]))
+        start += group.boxes.shape[1]
+    return spans

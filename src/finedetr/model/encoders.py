@@ -1,0 +1,162 @@
+"""The hybrid encoder of the RT-DETR family (spec 1.3): attention on the coarsest level, then top-down and bottom-up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from finedetr.model.attention import SelfAttention
+from finedetr.model.config import EncoderConfig
+from finedetr.model.layers import ConvNorm
+
+__all__ = ["HybridEncoder", "RepConv", "sine_positions"]
+
+
+def sine_positions(height: int, width: int, channels: int, temperature: float = 10000.0) -> Float[Tensor, "T D"]:
+    """Two-dimensional sine code of every cell, row after row: [sin row, cos row, sin column, cos column].
+
+    The official code orders its grid column after row while features run row after column; on squares this table
+    equals it, on rectangles the official positions are scrambled and this one is not (spec 1.3).
+    """
+    quarter = channels // 4
+    omega = 1.0 / temperature ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows = torch.arange(height, dtype=torch.float64)[:, None] * omega
+    columns = torch.arange(width, dtype=torch.float64)[:, None] * omega
+    rows = torch.cat((rows.sin(), rows.cos()), dim=1)[:, None].expand(height, width, 2 * quarter)
+    columns = torch.cat((columns.sin(), columns.cos()), dim=1)[None].expand(height, width, 2 * quarter)
+    return torch.cat((rows, columns), dim=-1).reshape(height * width, channels).float()
+
+
+class RepConv(nn.Module):
+    """A 3×3 and a 1×1 convolution, each with its norm, added and activated; one 3×3 convolution once fused."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(channels, channels, 3)
+        self.conv2 = ConvNorm(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        """One feature map to the next."""
+        return F.silu(self.conv1(x) + self.conv2(x))
+
+
+class CSPLayer(nn.Module):
+    """A branch of `RepConv` blocks beside a plain one; hidden width equals the outputs (expansion 1)."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(inputs, outputs, act="silu")
+        self.conv2 = ConvNorm(inputs, outputs, act="silu")
+        self.bottlenecks = nn.Sequential(*(RepConv(outputs) for _ in range(blocks)))
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
+        """One feature map to the next."""
+        out: Tensor = self.bottlenecks(self.conv1(x)) + self.conv2(x)
+        return out
+
+
+class RepNCSPELAN4(nn.Module):
+    """D-FINE's fusion block: two halves, two CSP branches one after the other, everything joined."""
+
+    def __init__(self, inputs: int, width: int, branch: int, blocks: int) -> None:
+        super().__init__()
+        self.cv1 = ConvNorm(inputs, 2 * width, act="silu")
+        self.cv2 = nn.Sequential(CSPLayer(width, branch, blocks), ConvNorm(branch, branch, 3, act="silu"))
+        self.cv3 = nn.Sequential(CSPLayer(branch, branch, blocks), ConvNorm(branch, branch, 3, act="silu"))
+        self.cv4 = ConvNorm(2 * width + 2 * branch, width, act="silu")
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
+        """One feature map to the next."""
+        halves = self.cv1(x)
+        first = self.cv2(halves.chunk(2, dim=1)[1])
+        out: Tensor = self.cv4(torch.cat((halves, first, self.cv3(first)), dim=1))
+        return out
+
+
+class SCDown(nn.Module):
+    """Halves a map: a pointwise convolution, then a depthwise one of stride 2, no activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cv1 = ConvNorm(channels, channels)
+        self.cv2 = ConvNorm(channels, channels, 3, 2, groups=channels)
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H2 W2"]:
+        """One feature map to the next."""
+        out: Tensor = self.cv2(self.cv1(x))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """A post-norm transformer layer with exact GELU."""
+
+    def __init__(self, width: int, heads: int, feedforward: int) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, feedforward)
+        self.linear2 = nn.Linear(feedforward, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Float[Tensor, "B T D"], positions: Float[Tensor, "T D"]) -> Float[Tensor, "B T D"]:
+        """Tokens that look at one another."""
+        x = self.norm1(x + self.self_attention(x, positions.to(x.dtype)))
+        out: Tensor = self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
+        return out
+
+
+class HybridEncoder(nn.Module):
+    """Backbone maps to a pyramid of equal width.
+
+    Any height and width whose strides divide them works; the sine table of a size is built once and kept.
+    """
+
+    def __init__(self, config: EncoderConfig, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        width = config.width
+        branch = round(config.expansion * width // 2)  # banker's rounding of an integral value: as published
+        blocks = round(3 * config.depth)
+        levels = len(channels)
+        self.width = width
+        self.input_proj = nn.ModuleList(ConvNorm(c, width) for c in channels)
+        self.layers = nn.ModuleList(EncoderLayer(width, config.heads, config.feedforward) for _ in range(config.layers))
+        self.lateral_convs = nn.ModuleList(ConvNorm(width, width) for _ in range(levels - 1))
+        self.fpn_blocks = nn.ModuleList(RepNCSPELAN4(2 * width, width, branch, blocks) for _ in range(levels - 1))
+        self.downsample_convs = nn.ModuleList(SCDown(width) for _ in range(levels - 1))
+        self.pan_blocks = nn.ModuleList(RepNCSPELAN4(2 * width, width, branch, blocks) for _ in range(levels - 1))
+        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """One map for each level, finest first, at the sizes of the inputs."""
+        levels = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
+        levels[-1] = self._attend(levels[-1])
+        current, entries = levels[-1], []
+        for index, low in enumerate(reversed(levels[:-1])):  # top-down
+            current = self.lateral_convs[index](current)
+            entries.append(current)
+            up = F.interpolate(current, scale_factor=2.0, mode="nearest")
+            current = self.fpn_blocks[index](torch.cat((up, low), dim=1))
+        outputs = [current]
+        for index, entry in enumerate(reversed(entries)):  # bottom-up
+            down = self.downsample_convs[index](outputs[-1])
+            outputs.append(self.pan_blocks[index](torch.cat((down, entry), dim=1)))
+        return tuple(outputs)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        positions = self._table(int(height), int(width), x.device)
+        for layer in self.layers:
+            tokens = layer(tokens, positions)
+        return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def _table(self, height: int, width: int, device: torch.device) -> Tensor:
+        key = (height, width, device)
+        table = self._positions.get(key)
+        if table is None:
+            table = sine_positions(height, width, self.width).to(device)
+            if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
+                self._positions[key] = table
+        return table

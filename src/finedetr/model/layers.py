@@ -1,0 +1,193 @@
+"""Small parts that every floor of the model uses: convolution with norm, affine ReLU, MLP, frozen norm."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["MLP", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "activation", "focal_bias"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind a name of a configuration."""
+    return ACTIVATIONS[name]
+
+
+def focal_bias(prior: float = 0.01) -> float:
+    """The bias at which a sigmoid answers `prior` (Lin et al., 2017): -log((1 - prior) / prior)."""
+    return -math.log((1 - prior) / prior)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalization whose statistics and affine parameters never change; nothing of it is trained."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        """X · scale + shift, with both computed from the four buffers."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class LearnableAffine(nn.Module):
+    """HGNetv2's learnable affine block: one scale and one shift for a whole feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        """Scale · x + bias."""
+        return self.scale * x + self.bias
+
+
+class _Floor(torch.autograd.Function):
+    """max(x, level) — or min, from the other side — whose level takes the gradient of a plain shift.
+
+    See `ConvNorm._norm_relu_affine`, the only user.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, level: Tensor, upper: bool) -> Tensor:
+        bound = float(level)
+        ctx.save_for_backward(x)
+        ctx.bound, ctx.upper = bound, upper
+        return x.clamp(max=bound) if upper else x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        if ctx.upper:  # threshold_backward keeps what lies above; mirror both
+            passed = torch.ops.aten.threshold_backward(grad, -x, -ctx.bound)
+        else:
+            passed = torch.ops.aten.threshold_backward(grad, x, ctx.bound)
+        return passed, grad.sum().float().reshape(1), None
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch normalization, activation, and optionally a learnable affine block.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        kernel: Side of the square kernel; the padding keeps the size at stride 1.
+        stride: Stride.
+        groups: Groups of the convolution.
+        act: Name of an activation, or None.
+        affine: Whether a `LearnableAffine` follows the activation (HGNetv2 with "LAB").
+        padding: Zero padding on every side; (kernel - 1) // 2 where not given.
+        frozen: Use a `FrozenBatchNorm2d`.
+    """
+
+    norm: nn.Module
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 1,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        act: str | None = None,
+        affine: bool = False,
+        padding: int | None = None,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        padding = (kernel - 1) // 2 if padding is None else padding
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        self.norm = FrozenBatchNorm2d(outputs) if frozen else nn.BatchNorm2d(outputs)
+        self.act = act
+        self.affine = LearnableAffine() if affine and act else None
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H2 W2"]:
+        """One feature map to the next."""
+        x = self.conv(x)
+        if self.affine is not None and self.act == "relu" and self._may_fold(x):
+            return self._norm_relu_affine(x, self.affine)
+        x = self.norm(x)
+        if self.act is not None:
+            x = ACTIVATIONS[self.act](x)
+        return x if self.affine is None else self.affine(x)
+
+    def _may_fold(self, x: Tensor) -> bool:
+        # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
+        return (
+            x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and isinstance(self.norm, nn.BatchNorm2d)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _norm_relu_affine(self, x: Tensor, affine: LearnableAffine) -> Tensor:
+        """Scale · relu(BN(x)) + bias in two passes over the map instead of four, exactly, for eager training on a CPU.
+
+        With scale s ≥ 0: s·relu(g·n + b) + t = max(s·g·n + s·b + t, t), so s and t go into the norm's own affine
+        parameters, which are short vectors; with s < 0 the maximum becomes a minimum.
+        """
+        norm = self.norm
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x,
+            norm.running_mean,
+            norm.running_var,
+            affine.scale * norm.weight,
+            # the shift reaches every pixel, clipped or not: _Floor gives it its whole gradient
+            affine.scale * norm.bias + affine.bias.detach(),
+            norm.training,
+            norm.momentum or 0.0,
+            norm.eps,
+        )
+        return _Floor.apply(x, affine.bias, bool(affine.scale < 0))
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int, act: str = "relu") -> None:
+        super().__init__()
+        sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.act = act
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the answer."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def zero_last(self) -> None:
+        """Starts with the answer zero, so that boxes begin at their references."""
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
+        """Applied to the last dimension."""
+        for layer in self.layers[:-1]:
+            x = ACTIVATIONS[self.act](layer(x))
+        answer: Tensor = self.layers[-1](x)
+        return answer

@@ -1,0 +1,261 @@
+"""Weights on disk: safetensors with a card that says all that is needed to use them. Loading runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from finedetr._version import __version__
+from finedetr.errors import ModelError, did_you_mean
+from finedetr.model.config import ModelConfig
+from finedetr.model.detector import Detector
+from finedetr.model.layers import focal_bias
+
+__all__ = ["Card", "Transfer", "load_weights", "read_card", "save_weights", "transfer_weights"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What travels with the weights: everything that a user of them must not have to guess.
+
+    Sizes are (height, width) in pixels; `mean` and `std` are per channel on the 0..1 scale, or None where pictures are
+    only divided by 255.
+    """
+
+    config: ModelConfig
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    size: tuple[int, int] = (640, 640)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.category_ids):
+            raise ModelError(
+                f"a card needs one category id for each class name, got {len(self.names)} names and "
+                f"{len(self.category_ids)} ids",
+                code="schema",
+            )
+
+    def to_json(self) -> str:
+        """The card as one line of JSON."""
+        return json.dumps({"schema": SCHEMA, "finedetr": __version__, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "card") -> Card:
+        """Reads a card.
+
+        Raises:
+            ModelError: It is no JSON, of a newer schema, or lacks a field; `where` says which file.
+        """
+        try:
+            document = json.loads(text)
+            schema = document.pop("schema")
+            document.pop("finedetr", None)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{where}: the card is unreadable ({error})", code="schema") from error
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ModelError(
+                f"{where}: the card has schema {schema}, this finedetr {__version__} reads up to {SCHEMA}",
+                code="schema",
+                hint="Install a newer finedetr.",
+            )
+        card: Card = _build(cls, document, where)
+        return card
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as an instance of a (nested) dataclass, tuple or plain type."""
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ModelError(f"{where}: a table was expected, got {value!r}", code="schema")
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise ModelError(f"{where}: unknown field {name!r}", code="schema", hint=did_you_mean(name, hints))
+        required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+        missing = sorted(required - set(value))
+        if missing:
+            raise ModelError(f"{where}: the field {missing[0]!r} is missing", code="schema")
+        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        inner = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _build(inner[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ModelError(f"{where}: a list was expected, got {value!r}", code="schema")
+        item = typing.get_args(kind)[0]
+        return tuple(_build(item, element, where) for element in value)
+    return value
+
+
+def save_weights(path: str | Path, detector: nn.Module, card: Card) -> Path:
+    """Writes weights and card to one safetensors file, atomically: a crash leaves the old file or the new one.
+
+    Accepts a detector or any module with the same state dict (such as its moving average).
+    """
+    path = Path(path)
+    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in detector.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:  # plain open(), so that the file gets the usual permissions
+            file.write(save(state, metadata={"finedetr": card.to_json()}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}", code="schema") from error
+
+
+def read_card(path: str | Path) -> Card:
+    """The card of a weight file, without its weights.
+
+    Raises:
+        ModelError: The file is absent, unreadable, or carries no card.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}", code="schema") from error
+    return _card(metadata, path)
+
+
+def _card(metadata: dict[str, str], path: Path) -> Card:
+    if "finedetr" not in metadata:
+        raise ModelError(
+            f"{path} carries no finedetr card, so its model and class names are unknown",
+            code="schema",
+            hint="Only weights that finedetr wrote are read.",
+        )
+    return Card.from_json(metadata["finedetr"], str(path))
+
+
+def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, Card]:
+    """A detector in eval mode with its weights, and its card.
+
+    Raises:
+        ModelError: The file is absent, unreadable, carries no card, or does not fit its own card; every missing,
+            unexpected or misshapen tensor is named.
+    """
+    path = Path(path)
+    metadata, state = _open(path)
+    card = _card(metadata, path)
+    detector = Detector(card.config, len(card.names))
+    own = detector.state_dict()
+    faults = [f"missing {name}" for name in own if name not in state]
+    faults += [f"unexpected {name}" for name in state if name not in own]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ModelError(
+            f"{path} does not fit the model {card.config.name!r} of its own card: {'; '.join(faults[:5])}{more}",
+            code="mismatch",
+        )
+    detector.load_state_dict(state)
+    return detector.to(device).eval(), card
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of each tensor and each class when weights were carried over to another set of classes."""
+
+    kept: tuple[str, ...]  # class names whose rows were carried over
+    new: tuple[str, ...]  # class names that start at the focal prior
+    dropped: tuple[str, ...]  # class names of the weights that nobody asked for
+    skipped: tuple[str, ...]  # tensors that do not fit, with the reason
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, class name or tensor) for a table."""
+        return [(kind, name) for kind in ("kept", "new", "dropped", "skipped") for name in getattr(self, kind)]
+
+
+def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Path) -> Transfer:
+    """Starts a detector from the weights of another one; class heads are mapped by class name.
+
+    Rows of classes that the weights do not know start at the focal prior (bias -4.595, small random weights), so that
+    nothing is left random in silence.
+
+    Args:
+        detector: Changed in place; its model must be the one of the weights.
+        names: The class names of `detector`, in order.
+        path: A safetensors file of finedetr.
+
+    Raises:
+        ModelError: The weights belong to another model, or hardly anything fits.
+    """
+    metadata, state = _open(Path(path))
+    card = _card(metadata, Path(path))
+    if card.config != detector.config:
+        raise ModelError(
+            f"{path} holds a {card.config.name!r}, the run trains a {detector.config.name!r}",
+            code="mismatch",
+            hint=f"Use --model {card.config.name}, or other weights.",
+        )
+    source = {name: index for index, name in enumerate(card.names)}
+    here = [index for index, name in enumerate(names) if name in source]
+    there = [source[names[index]] for index in here]
+    skipped = []
+    with torch.no_grad():
+        for key, tensor in detector.state_dict().items():
+            given = state.get(key)
+            if given is None:
+                skipped.append(f"{key}: not in the file")
+            elif _is_class_row(key):
+                if key.endswith("bias"):
+                    tensor.fill_(focal_bias())
+                tensor[here] = given[there].to(tensor)
+                if key.startswith("label_embedding"):
+                    tensor[-1] = given[-1].to(tensor)
+            elif given.shape != tensor.shape:
+                skipped.append(f"{key}: {tuple(given.shape)} does not fit {tuple(tensor.shape)}")
+            else:
+                tensor.copy_(given)
+    wanted = set(names)
+    return Transfer(
+        tuple(names[index] for index in here),
+        tuple(name for name in names if name not in source),
+        tuple(name for name in card.names if name not in wanted),
+        tuple(skipped),
+    )
+
+
+def _is_class_row(key: str) -> bool:
+    """Whether the rows of a tensor stand for classes."""
+    return "score_head" in key or key.startswith("label_embedding")

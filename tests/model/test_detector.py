@@ -1,0 +1,213 @@
+"""Structure of the detector: counts, sizes, query groups, gradients, what is cached."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finedetr.errors import DataError
+from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
+from finedetr.model.detector import Detector
+from finedetr.model.encoders import sine_positions
+from finedetr.model.postprocess import top_detections
+from finedetr.model.zoo import ZOO, variant
+from finedetr.records import QueryGroup
+from tests.model.oracle import randomize
+
+COUNTS = {  # spec 1.4 and 1.5, at 80 classes
+    "dfine-n": (3_782_693, 3_782_691),
+    "dfine-s": (10_321_877, 10_321_875),
+    "dfine-m": (19_590_064, 19_590_062),
+    "dfine-l": (31_244_152, 31_219_222),
+    "dfine-x": (62_621_560, 62_596_118),
+    "deim-dfine-n": (3_782_693, 3_782_691),
+    "deim-dfine-l": (31_289_848, 31_289_846),
+    "deim-dfine-x": (62_715_480, 62_715_478),
+}
+TINY = ModelConfig(
+    "tiny",
+    BackboneConfig("B0", stages=(2, 3)),
+    EncoderConfig(width=32, feedforward=64, expansion=0.34, depth=0.34),
+    DecoderConfig(width=32, feedforward=64, layers=2, points=(3, 3), queries=20),
+)
+
+
+def tiny(**decoder: object) -> Detector:
+    torch.manual_seed(0)
+    detector = Detector(replace(TINY, decoder=replace(TINY.decoder, **decoder)), classes=5)
+    randomize(detector)
+    return detector
+
+
+def group(detector: Detector, queries: int = 6, **fields: object) -> QueryGroup:
+    generator = torch.Generator().manual_seed(3)
+    boxes = 0.2 + 0.5 * torch.rand(2, queries, 4, generator=generator)
+    labels = torch.randint(0, detector.classes + 1, (2, queries), generator=generator)
+    return QueryGroup("extra", boxes, labels=labels, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        detector = Detector(variant(name), 80)
+    parameters = list(detector.parameters())
+    assert sum(p.numel() for p in parameters) == COUNTS[name][0]
+    assert sum(p.numel() for p in parameters if p.requires_grad) == COUNTS[name][1]
+
+
+def test_every_row_of_the_zoo_carries_its_own_name() -> None:
+    assert all(name == config.name for name, config in ZOO.items())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (96, 160)])
+def test_any_multiple_of_the_stride_is_a_legal_size(size: tuple[int, int]) -> None:
+    output = tiny().eval()(torch.rand(2, 3, *size))
+    assert output.matching.boxes.shape == (1, 2, 20, 4)
+    assert output.matching.boxes.isfinite().all()
+
+
+def test_a_wrong_size_names_the_two_nearest_legal_ones() -> None:
+    with pytest.raises(DataError, match="Use 64x96 or 96x128"):
+        tiny()(torch.rand(1, 3, 80, 100))
+
+
+def test_queries_never_outnumber_the_tokens() -> None:
+    output = tiny(queries=300).eval()(torch.rand(1, 3, 64, 64))
+    assert output.matching.boxes.shape[2] == 4 * 4 + 2 * 2
+
+
+def test_stages_are_named_and_edges_belong_to_the_layers() -> None:
+    matching = tiny().train()(torch.rand(2, 3, 64, 64)).matching
+    assert matching.stages == ("encoder", "initial", "layer0", "layer1")
+    assert matching.logits.shape == (4, 2, 20, 5)
+    assert matching.edges is not None
+    assert matching.edges.logits.shape == (2, 2, 20, 4, 33)
+
+
+def test_eval_answers_the_last_of_all_stages() -> None:
+    detector = tiny().eval()
+    images = torch.rand(2, 3, 64, 96)
+    last, stages = detector(images).matching, detector(images, all_stages=True).matching
+    assert last.stages == ("layer1",)
+    assert torch.equal(last.logits[0], stages.logits[-1])
+    assert torch.equal(last.boxes[0], stages.boxes[-1])
+
+
+@pytest.mark.parametrize("sees_matching", [False, True])
+def test_matching_group_is_blind_to_extra_groups(sees_matching: bool) -> None:
+    detector = tiny().eval()
+    images = torch.rand(2, 3, 64, 64)
+    alone = detector(images, all_stages=True).matching
+    extra = group(detector, sees_matching=sees_matching)
+    for boxes in (extra.boxes, 1 - extra.boxes):
+        beside = detector(images, (replace(extra, boxes=boxes),), all_stages=True).matching
+        assert torch.equal(beside.logits, detector(images, (extra,), all_stages=True).matching.logits)
+        torch.testing.assert_close(beside.logits, alone.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_extra_groups_are_blind_to_one_another() -> None:
+    detector = tiny().eval()
+    images = torch.rand(2, 3, 64, 64)
+    first, second = group(detector), replace(group(detector, 9), name="second")
+    together = detector(images, (first, second), all_stages=True).groups
+    moved = detector(images, (first, replace(second, boxes=1 - second.boxes)), all_stages=True).groups
+    alone = detector(images, (first,), all_stages=True).groups
+    assert torch.equal(together[0][1].logits, moved[0][1].logits)
+    torch.testing.assert_close(together[0][1].boxes, alone[0][1].boxes, atol=1e-5, rtol=1e-5)
+
+
+def test_a_group_obeys_its_own_block() -> None:
+    detector = tiny().eval()
+    images = torch.rand(2, 3, 64, 64)
+    blocked = torch.zeros(6, 6, dtype=torch.bool)
+    blocked[:3, 3:] = blocked[3:, :3] = True
+    extra = group(detector, blocked=blocked)
+    boxes = extra.boxes.clone()
+    boxes[:, 3:] = 0.5
+    before = detector(images, (extra,)).groups[0][1]
+    after = detector(images, (replace(extra, boxes=boxes),)).groups[0][1]
+    assert torch.equal(before.logits[:, :, :3], after.logits[:, :, :3])
+    assert not torch.equal(before.logits[:, :, 3:], after.logits[:, :, 3:])
+
+
+def test_content_and_references_are_detached_but_the_encoder_stage_is_not() -> None:
+    detector = tiny().train()
+    matching = detector(torch.rand(2, 3, 64, 64)).matching
+    matching.boxes[1:].sum().backward(retain_graph=True)
+    # the stages share one tensor, so a gradient arrives: it has to be zero
+    assert not any(p.grad is not None and p.grad.any() for p in detector.selection.parameters())
+    matching.boxes[0].sum().backward()
+    grad = detector.selection.box_head.last.weight.grad
+    assert grad is not None
+    assert grad.any()
+
+
+def test_edge_logits_accumulate_with_gradient_and_previous_states_without() -> None:
+    detector = tiny().train()
+    matching = detector(torch.rand(2, 3, 64, 64)).matching
+    assert matching.edges is not None
+    matching.edges.logits[1].sum().backward()
+    for head in detector.decoder.edge_heads:  # corners of layer 0 are part of those of layer 1, not detached
+        assert head.last.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_the_training_step_reaches_every_trainable_parameter() -> None:
+    detector = tiny().train()
+    output = detector(torch.rand(2, 3, 64, 64), (group(detector),))
+    total = output.matching.logits.square().sum() + output.matching.boxes.sum()
+    answers = output.groups[0][1]
+    total = total + answers.logits.square().sum() + answers.boxes.sum()
+    total.backward()
+    silent = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == []
+
+
+def test_folding_the_learnable_affine_into_the_norm_changes_nothing() -> None:
+    folded, plain = tiny().train().backbone.double(), tiny().train().backbone.double()
+    with torch.no_grad():
+        for module in (folded, plain):
+            module.stem.stem1.affine.scale.fill_(-0.7)  # type: ignore[union-attr]
+    for module in plain.modules():
+        if hasattr(module, "_may_fold"):
+            module._may_fold = lambda x: False
+    images = torch.rand(2, 3, 64, 64, dtype=torch.double)
+    results = []
+    for module in (folded, plain):
+        maps = module(images)
+        sum((m * torch.linspace(0, 1, m.numel()).view_as(m)).sum() for m in maps).backward()
+        results.append((maps, {n: p.grad for n, p in module.named_parameters()}, dict(module.named_buffers())))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(a, b)
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(grad, results[1][1][name], msg=name)
+    for name, buffer in results[0][2].items():
+        torch.testing.assert_close(buffer, results[1][2][name], msg=name)
+
+
+def test_tables_of_a_size_are_built_once() -> None:
+    detector = tiny().eval()
+    detector(torch.rand(1, 3, 64, 96))
+    before = [id(t) for t in detector.encoder._positions.values()]
+    detector(torch.rand(1, 3, 64, 96))
+    assert [id(t) for t in detector.encoder._positions.values()] == before
+    assert len(detector.selection._tables) == 1
+
+
+def test_positions_equal_the_published_golden_values() -> None:
+    # spec 1.3, for w = 3, h = 2 and 8 channels: its t1 is one step along the official grid's h, t2 one along its w
+    table = sine_positions(2, 3, 8).view(2, 3, 8)
+    golden = torch.tensor([0.84147, 0.0099998, 0.54030, 0.99995])
+    torch.testing.assert_close(table[1, 0], torch.cat((golden, torch.tensor([0.0, 0.0, 1.0, 1.0]))), atol=1e-5, rtol=0)
+    torch.testing.assert_close(table[0, 1], torch.cat((torch.tensor([0.0, 0.0, 1.0, 1.0]), golden)), atol=1e-5, rtol=0)
+
+
+def test_top_detections_are_flat_over_queries_and_classes() -> None:
+    logits = torch.full((1, 3, 4), -9.0)
+    logits[0, 2, 1], logits[0, 2, 3], logits[0, 0, 0] = 3.0, 2.0, 1.0
+    boxes = torch.arange(12.0).view(1, 3, 4)
+    scores, labels, found = top_detections(logits, boxes, k=300)
+    assert scores.shape == (1, 12)
+    assert labels[0, :3].tolist() == [1, 3, 0]
+    assert torch.equal(found[0, :3], boxes[0, [2, 2, 0]])
