@@ -51,12 +51,16 @@ def iou_giou(
 
     Two boxes without any area have IoU 0 (not NaN), so that a degenerate prediction cannot poison a step.
     """
-    a, b = to_xyxy(a), to_xyxy(b)
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    intersection = overlap[..., 0] * overlap[..., 1]
-    enclosing = hull[..., 0] * hull[..., 1]
-    union = area(a) + area(b) - intersection
+    # coordinate by coordinate: broadcast pairs become dense planes, several times faster than boxes of four
+    left_a, top_a, right_a, bottom_a = to_xyxy(a).unbind(-1)
+    left_b, top_b, right_b, bottom_b = to_xyxy(b).unbind(-1)
+    width = (torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)).clamp(min=0)
+    height = (torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)).clamp(min=0)
+    hull_width = torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)
+    hull_height = torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)
+    intersection = width * height
+    enclosing = hull_width * hull_height
+    union = (right_a - left_a) * (bottom_a - top_a) + (right_b - left_b) * (bottom_b - top_b) - intersection
     tiny = torch.finfo(union.dtype).tiny if eps == 0.0 else eps
     ratio = intersection / union.clamp(min=tiny)
     return ratio, ratio - (enclosing - union) / enclosing.clamp(min=tiny)

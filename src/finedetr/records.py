@@ -7,10 +7,13 @@ Boxes are (cx, cy, w, h) in [0, 1] of the network input.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+
+from finedetr.geometry import iou, iou_giou
 
 __all__ = ["Assignment", "Batch", "Edges", "Match", "Output", "Prediction", "QueryGroup", "Supervision", "Targets"]
 
@@ -43,6 +46,24 @@ class Targets:
             starts.append(total)
             total += count
         return tuple(starts)
+
+    @property
+    def slot(self) -> Int[Tensor, " T"]:
+        """The place of each box within its own picture, from 0."""
+        return torch.arange(len(self), device=self.image.device) - torch.searchsorted(self.image, self.image)
+
+    def padded(self, label: int, slots: int | None = None) -> tuple[Int[Tensor, "B G"], Float[Tensor, "B G 4"]]:
+        """Labels and boxes as one block a picture; free places hold `label` and a box of zeros.
+
+        Args:
+            label: What stands in free places.
+            slots: G, at least the largest of `counts`, which is the default.
+        """
+        size = (self.pictures, max(self.counts, default=0) if slots is None else slots)
+        labels = torch.full(size, label, dtype=torch.long, device=self.labels.device)
+        boxes = torch.zeros(*size, 4, device=self.boxes.device, dtype=self.boxes.dtype)
+        place = (self.image, self.slot)
+        return labels.index_put_(place, self.labels), boxes.index_put_(place, self.boxes)
 
     @classmethod
     def from_lists(cls, labels: list[Tensor], boxes: list[Tensor]) -> Targets:
@@ -114,7 +135,10 @@ class Prediction:
 class Assignment:
     """Which query answers for which target, at which stage: M pairs, as parallel index vectors.
 
-    Pairs are sorted by stage. `count` is the normalizer of each stage, already averaged over processes and at least 1.
+    Pairs are sorted by stage; at one stage a query has one target at most. `count` is the normalizer of each stage:
+    as a policy gives it, the number of boxes on this process; as a term sees it, averaged over processes and at
+    least 1 (the objective does this, for all at once). `sizes` are plain integers, so that nothing has to ask the
+    device where a stage begins.
     """
 
     stage: Int[Tensor, " M"]
@@ -122,32 +146,49 @@ class Assignment:
     query: Int[Tensor, " M"]
     target: Int[Tensor, " M"]  # rows of Targets
     count: Float[Tensor, " S"]
+    sizes: tuple[int, ...]  # pairs of each stage, length S
 
     def __len__(self) -> int:
-        return self.stage.shape[0]
+        return sum(self.sizes)
 
     @property
     def stages(self) -> int:
         """S."""
-        return self.count.shape[0]
+        return len(self.sizes)
 
-    def pick(self, values: Float[Tensor, "S B Q *N"]) -> Float[Tensor, M * N]:
+    def pick(self, values: Float[Tensor, "S B Q ..."]) -> Float[Tensor, "M ..."]:
         """The entry of every pair in a tensor over stages, pictures and queries."""
         return values[self.stage, self.image, self.query]
 
     def sum_by_stage(self, values: Float[Tensor, " M"]) -> Float[Tensor, " S"]:
         """Adds the pairs of each stage and divides by that stage's count."""
-        total = torch.zeros(self.stages, dtype=values.dtype, device=values.device)
-        return total.index_add(0, self.stage, values) / self.count
+        if len(set(self.sizes)) == 1:
+            return values.reshape(self.stages, -1).sum(1) / self.count
+        return torch.stack([part.sum() for part in values.split(self.sizes)]) / self.count
 
     def last(self, stages: int) -> Assignment:
         """The pairs of the last so many stages, renumbered from 0."""
         first = self.stages - stages
-        if first == 0:
-            return self
-        keep = self.stage >= first
+        skip = sum(self.sizes[:first])
         return Assignment(
-            self.stage[keep] - first, self.image[keep], self.query[keep], self.target[keep], self.count[first:]
+            self.stage[skip:] - first,
+            self.image[skip:],
+            self.query[skip:],
+            self.target[skip:],
+            self.count[first:],
+            self.sizes[first:],
+        )
+
+    def repeat(self, stages: int) -> Assignment:
+        """The pairs of a stage-free assignment (one stage), at each of so many stages."""
+        pairs = len(self)
+        return Assignment(
+            torch.arange(stages, device=self.stage.device).repeat_interleave(pairs, output_size=stages * pairs),
+            self.image.repeat(stages),
+            self.query.repeat(stages),
+            self.target.repeat(stages),
+            self.count.expand(stages),
+            self.sizes * stages,
         )
 
 
@@ -187,16 +228,20 @@ class Output:
     memory: tuple[Float[Tensor, "B D _ _"], ...] = ()  # the encoder's pyramid
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Supervision:
-    """All that a loss term may look at. Every loss of every paper is a function of this record."""
+    """All that a loss term may look at. Every loss of every paper is a function of this record.
+
+    What several terms need is computed once, when the first asks for it.
+    """
 
     answers: Prediction
     match: Match
     targets: Targets
     teacher: Prediction | None = None
+    matching: Supervision | None = None  # of the detector's own queries, for a group from outside
 
-    @property
+    @cached_property
     def final(self) -> Prediction:
         """The final stage of the same group, without gradient: it teaches the earlier stages (GO-LSD)."""
         edges = self.answers.edges
@@ -206,3 +251,22 @@ class Supervision:
         return Prediction(
             self.answers.logits[-1:].detach(), self.answers.boxes[-1:].detach(), self.answers.stages[-1:], last
         )
+
+    @cached_property
+    def boxes(self) -> tuple[Float[Tensor, "M 4"], Float[Tensor, "M 4"]]:
+        """Answer and truth of each pair of `match.boxes`."""
+        pairs = self.match.boxes
+        return pairs.pick(self.answers.boxes).float(), self.targets.boxes[pairs.target].float()
+
+    @cached_property
+    def overlap(self) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+        """IoU and generalized IoU of each pair of `match.boxes`, with gradient."""
+        return iou_giou(*self.boxes)
+
+    @cached_property
+    def quality(self) -> Float[Tensor, " M"]:
+        """IoU of each pair of `match.labels`, without gradient."""
+        pairs = self.match.labels
+        if pairs is self.match.boxes:
+            return self.overlap[0].detach()
+        return iou(pairs.pick(self.answers.boxes.detach()).float(), self.targets.boxes[pairs.target].float())

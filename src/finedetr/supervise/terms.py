@@ -1,0 +1,341 @@
+"""Loss terms: each a published formula, evaluated once for all stages of a group.
+
+A term sees a `Supervision` and returns one value for each stage that it judges, before its weight. It computes in
+fp32 whatever comes in. Where a formula runs over every query and class (or bin), its gradient is written down beside
+it and computed in the same pass; the tests hold it to autograd.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from finedetr.geometry import bracket, encode_edges, to_xyxy
+from finedetr.records import Edges, Prediction, Supervision
+
+__all__ = [
+    "BoxGIoU",
+    "BoxL1",
+    "FineGrainedLocalization",
+    "Focal",
+    "LocalizationDistillation",
+    "MatchabilityAware",
+    "Term",
+    "Varifocal",
+]
+
+
+@dataclass(frozen=True)
+class Term(ABC):
+    """One summand of the objective."""
+
+    weight: float = 1.0
+
+    @abstractmethod
+    def __call__(self, s: Supervision) -> Float[Tensor, " N"]:
+        """The value at each stage that `covers` names, normalized, before the weight."""
+
+    def covers(self, answers: Prediction) -> range:
+        """The stages that this term judges, all by default. An empty range: nothing to say about this group."""
+        return range(len(answers.stages))
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+# Value and slope of a summand as functions of the logit x, with p = σ(x); the foreground also of the pair's IoU.
+Background = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Foreground = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def sum_over_classes(s: Supervision, background: Background, foreground: Foreground) -> Float[Tensor, " S"]:
+    """Sum over all queries and classes, divided by the count.
+
+    Args:
+        s: What is judged.
+        background: The summand where the query is not of this class, which is nearly everywhere.
+        foreground: The summand where it is: at the pairs of `match.labels`.
+    """
+    pairs, logits = s.match.labels, s.answers.logits.float()
+    _, pictures, queries, classes = logits.shape
+    row = (pairs.stage * pictures + pairs.image) * queries + pairs.query
+    entry = row * classes + s.targets.labels[pairs.target]
+    total: Tensor = _LabelSum.apply(logits, entry, s.quality, background, foreground)  # type: ignore[no-untyped-call]
+    return total / pairs.count
+
+
+class _LabelSum(torch.autograd.Function):
+    """Adds up a label term over each stage: dense background, foreground at the given entries, gradient alongside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "S B Q C"],
+        entry: Int[Tensor, " M"],
+        quality: Float[Tensor, " M"],
+        background: Background,
+        foreground: Foreground,
+    ) -> Float[Tensor, " S"]:
+        x = logits.contiguous()
+        value, slope = background(x, x.sigmoid())
+        matched = x.view(-1)[entry]
+        at_pairs, slope_at_pairs = foreground(matched, matched.sigmoid(), quality)
+        value.view(-1)[entry] = at_pairs
+        slope.view(-1)[entry] = slope_at_pairs
+        ctx.save_for_backward(slope)
+        return value.flatten(1).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, " S"]) -> tuple[Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad[:, None, None, None], None, None, None, None
+
+
+@dataclass(frozen=True)
+class Focal(Term):
+    """Focal loss (Lin et al., 2017, eq. 5), one binary problem a class: -α_t (1 - p_t)^γ log p_t."""
+
+    weight: float = 1.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Sum over queries and classes, divided by the count."""
+        return sum_over_classes(s, self._background, self._foreground)
+
+    def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """(1-α) p^γ softplus(x); the weight has a gradient, too."""
+        entropy, share = F.softplus(x), (1 - self.alpha) * _power(p, self.gamma)
+        return share * entropy, share * (self.gamma * (1 - p) * entropy + p)
+
+    def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for -x, with α."""
+        entropy, share = F.softplus(-x), self.alpha * (1 - p) ** self.gamma
+        return share * entropy, -share * (self.gamma * p * entropy + (1 - p))
+
+
+@dataclass(frozen=True)
+class Varifocal(Term):
+    """Varifocal loss (Zhang et al., 2021, eq. 2) as RT-DETR and D-FINE use it: the target is the IoU q.
+
+    q · BCE(p, q) at the pairs, α p^γ · BCE(p, 0) elsewhere; weights have no gradient.
+    """
+
+    weight: float = 1.0
+    alpha: float = 0.75
+    gamma: float = 2.0
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Sum over queries and classes, divided by the count."""
+        return sum_over_classes(s, self._background, self._foreground)
+
+    def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """α p^γ softplus(x)."""
+        return _constant_weight(x, p, self.alpha, self.gamma)
+
+    def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """BCE with the target q, times q."""
+        return quality * (F.softplus(x) - quality * x), quality * (p - quality)
+
+
+@dataclass(frozen=True)
+class MatchabilityAware(Term):
+    """Varifocal's heir: a poor match still weighs fully, its target shrinks instead (DEIM, eq. 3).
+
+    BCE(p, q^γ) at the pairs, α p^γ · BCE(p, 0) elsewhere; weights have no gradient.
+    """
+
+    weight: float = 1.0
+    alpha: float = 1.0
+    gamma: float = 1.5
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Sum over queries and classes, divided by the count."""
+        return sum_over_classes(s, self._background, self._foreground)
+
+    def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """α p^γ softplus(x)."""
+        return _constant_weight(x, p, self.alpha, self.gamma)
+
+    def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """softplus(x) - q^γ x."""
+        target = quality**self.gamma
+        return F.softplus(x) - target * x, p - target
+
+
+def _constant_weight(x: Tensor, p: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """α p^γ softplus(x) with a constant weight, and its slope α p^(γ+1)."""
+    share = _power(p, gamma)
+    if alpha != 1.0:
+        share.mul_(alpha)
+    return F.softplus(x).mul_(share), share.mul_(p)
+
+
+def _power(p: Tensor, gamma: float) -> Tensor:
+    """p^γ as a new tensor; the published exponents without pow, which costs as much as all the rest."""
+    if gamma == 1.5:
+        return p.sqrt().mul_(p)
+    if gamma == 2.0:
+        return p * p
+    return p**gamma
+
+
+# --- boxes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BoxL1(Term):
+    """Absolute difference of centre and size of matched boxes, summed over the four (DETR)."""
+
+    weight: float = 5.0
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Mean over the pairs."""
+        answer, truth = s.boxes
+        return s.match.boxes.sum_by_stage((answer - truth).abs().sum(-1))
+
+
+@dataclass(frozen=True)
+class BoxGIoU(Term):
+    """One minus the generalized IoU of matched boxes (Rezatofighi et al., 2019)."""
+
+    weight: float = 2.0
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Mean over the pairs."""
+        return s.match.boxes.sum_by_stage(1 - s.overlap[1])
+
+
+# --- edges ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FineGrainedLocalization(Term):
+    """FGL (D-FINE, eq. 4): cross-entropy of each edge with the two bins around the true distance, times the IoU.
+
+    The nearer bin weighs more. Distances are measured from the initial boxes, so all layers have the same targets.
+    Summed, not averaged, over the four edges, as in the official code.
+    """
+
+    weight: float = 0.15
+
+    def covers(self, answers: Prediction) -> range:
+        """The stages that have distributions, which are the last."""
+        stages = len(answers.stages)
+        return range(stages - _layers(answers.edges), stages)
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
+        """Mean over the pairs."""
+        edges = s.answers.edges
+        if edges is None:
+            return s.answers.logits.new_zeros(0)
+        pairs = s.match.boxes.last(_layers(edges))
+        first = len(s.match.boxes) - len(pairs)
+        overlap, truth = s.overlap[0].detach()[first:], s.boxes[1][first:]
+        anchors = edges.anchors[pairs.image, pairs.query].detach().float()
+        lower, upper = bracket(encode_edges(anchors, to_xyxy(truth), edges.scale), edges.bins.float())
+        scores = pairs.pick(edges.logits).float().log_softmax(-1)
+        around = scores.gather(-1, torch.stack((lower, lower + 1), dim=-1))
+        entropy = -(around[..., 0] * (1 - upper) + around[..., 1] * upper)
+        return pairs.sum_by_stage(overlap * entropy.sum(-1))
+
+
+@dataclass(frozen=True)
+class LocalizationDistillation(Term):
+    """DDF, the distillation of GO-LSD (D-FINE, eq. 6): earlier layers learn the final layer's distributions.
+
+    T² KL(final ‖ layer) of each edge at temperature T. A matched query weighs by the IoU of its box in that layer, any
+    other by the final layer's confidence; the means over both kinds of edges are mixed in the ratio of the square
+    roots of their numbers. The final layer teaches and is not judged.
+
+    Attributes:
+        temperature: T.
+        balance_of_matching: Mix the means in a denoising group in the matching group's ratio, as the official code
+            does (and the published models were trained), instead of in the group's own.
+    """
+
+    weight: float = 1.5
+    temperature: float = 5.0
+    balance_of_matching: bool = True
+
+    def covers(self, answers: Prediction) -> range:
+        """The stages that have distributions, without the final one."""
+        stages, layers = len(answers.stages), _layers(answers.edges)
+        return range(stages - layers, stages - min(layers, 1))
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " L-1"]:
+        """Balanced mean over all queries of the pictures; free of the count."""
+        edges, teacher = s.answers.edges, s.final.edges
+        if edges is None or teacher is None or _layers(edges) < 2:
+            return s.answers.logits.new_zeros(0)
+        share = self._share(s, _layers(edges) - 1)
+        student = edges.logits[:-1].float()
+        taught = teacher.logits.float()
+        total: Tensor = _EdgeDivergence.apply(student, taught, share, self.temperature)  # type: ignore[no-untyped-call]
+        return total
+
+    @torch.no_grad()
+    def _share(self, s: Supervision, layers: int) -> Float[Tensor, "L-1 B Q"]:
+        """What each query's divergence, summed over its edges, counts."""
+        pairs = s.match.boxes.last(layers + 1)
+        judged = len(pairs) - pairs.sizes[-1]
+        place = (pairs.stage[:judged], pairs.image[:judged], pairs.query[:judged])
+        first = len(s.match.boxes) - len(pairs)
+        confidence = s.final.logits.float().amax(-1).sigmoid()
+        matched = torch.zeros(layers, *confidence.shape[1:], dtype=torch.bool, device=confidence.device)
+        matched[place] = True
+        share = confidence.repeat(layers, 1, 1)
+        share[place] = s.overlap[0].detach()[first : first + judged]
+
+        number = matched.sum((1, 2), dtype=torch.float32)
+        others = matched[0].numel() - number
+        of_matched, of_others = number.sqrt(), others.sqrt()
+        if self.balance_of_matching and s.matching is not None:
+            own = s.matching.match.boxes.sizes[-1]
+            of_matched = torch.full_like(number, own**0.5)
+            of_others = torch.full_like(number, (s.matching.answers.logits[0, :, :, 0].numel() - own) ** 0.5)
+        both = 4 * (of_matched + of_others)
+        mean = torch.stack(
+            (of_others / (both * others.clamp(min=1)), of_matched / (both * number.clamp(min=1))), dim=-1
+        )
+        return share * torch.where(matched, mean[:, 1, None, None], mean[:, 0, None, None])
+
+
+class _EdgeDivergence(torch.autograd.Function):
+    """T² Σ share · KL(softmax(teacher/T) ‖ softmax(student/T)) over each layer, the student's gradient alongside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Float[Tensor, "L B Q 4 K"],
+        teacher: Float[Tensor, "1 B Q 4 K"],
+        share: Float[Tensor, "L B Q"],
+        temperature: float,
+    ) -> Float[Tensor, " L"]:
+        log_teacher = (teacher / temperature).log_softmax(-1)
+        probability = log_teacher.exp()
+        log_student = (student / temperature).log_softmax(-1)
+        divergence = (log_teacher - log_student).mul_(probability).sum((-1, -2))
+        share = share * temperature
+        ctx.save_for_backward(log_student.exp_().sub_(probability).mul_(share[..., None, None]))
+        return (divergence * share).sum((1, 2)) * temperature
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, " L"]) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad[:, None, None, None, None], None, None, None
+
+
+def _layers(edges: Edges | None) -> int:
+    """L, or 0 where there are no distributions."""
+    return 0 if edges is None else edges.logits.shape[0]
