@@ -1,0 +1,131 @@
+"""The resume state on disk: atomic, verified, and loadable without running code."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from finedetr._version import __version__
+from finedetr.errors import ModelError, RunError
+
+__all__ = ["load_state", "save_state", "write_atomically"]
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Lets `write` fill a file that takes its place only when it is complete and on the disk.
+
+    The temporary file stands in the same folder, so that a crash at any moment leaves the old file or the new one. It
+    is made by a plain open(), so that it has the permissions of the umask (`tempfile` would leave 0600).
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}", code="io") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming itself durable, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows does not open folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> Path:
+    """Writes a resume state of plain builtins and tensors.
+
+    Raises:
+        TypeError: The state holds something that could not be loaded again without running code; says where.
+        RunError: The disk is full, or what was written cannot be read back.
+    """
+    _check_plain(state, "state")
+
+    def write(file: BinaryIO) -> None:
+        buffer = io.BytesIO()  # torch wants to seek while it writes; one write then fails or succeeds as a whole
+        torch.save({"format": FORMAT, "finedetr": __version__, **state}, buffer)
+        file.write(buffer.getbuffer())
+        file.flush()
+        _check_readable(Path(file.name))
+
+    return write_atomically(Path(path), write)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Reads a resume state onto the CPU, running no code of the file.
+
+    Raises:
+        ModelError: The file is absent, damaged, or no resume state of this version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(
+            f"no resume state at {path}", code="not_found", hint="Give the folder of a run that has saved."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path} is damaged or no resume state: {first}", code="schema") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ModelError(
+            f"{path} has format {found}, this finedetr {__version__} reads {FORMAT}",
+            code="schema",
+            hint="Resume with the version that wrote it.",
+        )
+    return state
+
+
+def _check_readable(path: Path) -> None:
+    """Reads the index and the header of what was written, and its checksums of everything but the tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if "/data/" not in name:
+                    archive.read(name)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise RunError(f"{path} cannot be read back after writing: {error}", code="io") from error
+
+
+def _check_plain(value: object, where: str) -> None:
+    if value is None or isinstance(value, (bool, int, float, str, bytes, Tensor)):
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{where}: a key must be a str or an int, got {key!r}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    else:
+        raise TypeError(f"{where}: a resume state holds plain values and tensors only, got {type(value).__name__}")

@@ -1,0 +1,183 @@
+"""The folder of a run: what it writes, where, and how the lines of its log stay true when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finedetr.errors import ModelError, UsageError
+from finedetr.train.checkpoint import write_atomically
+
+__all__ = ["RunFolder"]
+
+FILES = (
+    "config.json",
+    "classes.json",
+    "data_report.json",
+    "metrics.jsonl",
+    "status.json",
+    "train.log",
+    "predictions_val.json",
+    "evaluation.json",
+)
+FOLDERS = ("checkpoints", "weights", "samples")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything in a run's folder."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: str | Path, *, overwrite: bool = False) -> RunFolder:
+        """An empty folder for a new run.
+
+        Args:
+            root: Made with its parents where it does not exist.
+            overwrite: Delete what an earlier run wrote there; other files stay.
+
+        Raises:
+            UsageError: There is something already (`use.exists`).
+        """
+        folder = cls(Path(root))
+        if folder.root.exists() and not folder.root.is_dir():
+            raise UsageError(f"{root} is a file, a run needs a folder", code="exists")
+        if folder.root.is_dir() and any(folder.root.iterdir()):
+            if not overwrite:
+                what = "holds a run" if folder.config.is_file() else "is not empty"
+                raise UsageError(f"{root} {what}", code="exists", hint="Use --resume, --overwrite, or another --out.")
+            for name in FILES:
+                (folder.root / name).unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(folder.root / name, ignore_errors=True)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @classmethod
+    def existing(cls, root: str | Path) -> RunFolder:
+        """The folder of a run that has begun.
+
+        Raises:
+            ModelError: There is none.
+        """
+        folder = cls(Path(root))
+        if not folder.config.is_file():
+            raise ModelError(f"{root} holds no run: {folder.config.name} is missing", code="not_found")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe, written before the first step."""
+        return self.root / "config.json"
+
+    @property
+    def classes(self) -> Path:
+        """Category id -> index -> name."""
+        return self.root / "classes.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line for every so many steps and every evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """The last state, for somebody who watches."""
+        return self.root / "status.json"
+
+    @property
+    def log(self) -> Path:
+        """The same text as on stderr."""
+        return self.root / "train.log"
+
+    @property
+    def last(self) -> Path:
+        """The resume state."""
+        return self.root / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The resume state at the best AP."""
+        return self.root / "checkpoints" / "best.pt"
+
+    @property
+    def restart(self) -> Path:
+        """The state from which restarts without strong augmentation begin: the best before them."""
+        return self.root / "checkpoints" / "restart.pt"
+
+    @property
+    def best_weights(self) -> Path:
+        """The averaged weights at the best AP, with their card."""
+        return self.root / "weights" / "best.safetensors"
+
+    @property
+    def last_weights(self) -> Path:
+        """The averaged weights of the last evaluation, with their card."""
+        return self.root / "weights" / "last.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of training batches and of predictions."""
+        return self.root / "samples"
+
+    @property
+    def predictions(self) -> Path:
+        """COCO results of the last evaluation, in original ids."""
+        return self.root / "predictions_val.json"
+
+    def write_json(self, path: Path, document: object) -> None:
+        """Writes a document atomically, indented for readers."""
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    def read_json(self, path: Path) -> Any:
+        """Reads a document.
+
+        Raises:
+            ModelError: It is absent or no JSON.
+        """
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}", code="schema") from error
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Adds one line to the metrics: `kind`, `epoch`, `step` and numbers."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the metrics; a last line that a crash cut off is left out."""
+        if not self.metrics.is_file():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+    def rewind(self, *, step: int, epoch: int) -> None:
+        """Drops the lines of what a resumed run will do again, and the unfinished files of a killed one.
+
+        Args:
+            step: Steps that the resume state has done.
+            epoch: Epochs that it has finished, evaluation included.
+        """
+        for litter in self.root.rglob(".*.tmp"):
+            litter.unlink(missing_ok=True)
+        kept = [
+            record
+            for record in self.records()
+            if (record.get("epoch", 0) < epoch if record.get("kind") == "evaluation" else record.get("step", 0) <= step)
+        ]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        write_atomically(self.metrics, lambda file: file.write(text.encode()))
