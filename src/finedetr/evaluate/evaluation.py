@@ -1,0 +1,160 @@
+"""What an evaluation says: COCO's twelve numbers, each class, each size. A value, with its JSON and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finedetr.errors import DataError
+
+__all__ = ["SIZES", "ClassScore", "Evaluation", "SizeScore"]
+
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+"""COCO's sizes by the area of an object in pixels of the original picture."""
+
+METRICS: dict[str, str] = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP_small",
+    "ap_medium": "AP_medium",
+    "ap_large": "AP_large",
+    "ar1": "AR1",
+    "ar10": "AR10",
+    "ar100": "AR100",
+    "ar_small": "AR_small",
+    "ar_medium": "AR_medium",
+    "ar_large": "AR_large",
+}
+"""Field of `Evaluation` -> name in files and tables, in COCO's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """One class. -1: it has no boxes in this split."""
+
+    name: str
+    id: int  # the data set's original category id
+    ap: float
+    ap50: float
+    ar: float
+    boxes: int  # without crowd
+
+
+@dataclass(frozen=True, slots=True)
+class SizeScore:
+    """Objects of one size. -1: there are none."""
+
+    ap: float
+    ar: float
+    boxes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO's numbers in [0, 1], as pycocotools computes them; -1 where there is nothing to measure.
+
+    AP is the mean over IoU .50:.05:.95, classes and 101 recalls; AR the mean over IoU and classes of the best recall.
+    `ar100` and all but `ar1` and `ar10` are at `max_detections` for each picture and class, 100 if not said otherwise.
+
+    Attributes:
+        per_class: One entry for each class, in the order of their indices.
+        by_size: `small` (area below 32²), `medium`, `large` (96² and more).
+        pictures: How many pictures the data set has.
+        boxes: How many boxes, without crowd.
+        detections: How many detections came in.
+        unanswered: Pictures for which no answer came; all their objects count as missed.
+        max_detections: The limit for each picture and class.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar1: float
+    ar10: float
+    ar100: float
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    per_class: tuple[ClassScore, ...]
+    by_size: dict[str, SizeScore]
+    pictures: int
+    boxes: int
+    detections: int
+    unanswered: int = 0
+    max_detections: int = 100
+
+    def metrics(self) -> dict[str, float]:
+        """The twelve numbers under COCO's names: AP, AP50, AP75, AP_small ... AR_large."""
+        return {name: getattr(self, key) for key, name in METRICS.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts: what `to_json` writes."""
+        return {
+            **self.metrics(),
+            "by_size": {name: asdict(score) for name, score in self.by_size.items()},
+            "per_class": [asdict(score) for score in self.per_class],
+            "pictures": self.pictures,
+            "boxes": self.boxes,
+            "detections": self.detections,
+            "unanswered": self.unanswered,
+            "max_detections": self.max_detections,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`; further entries (a run's seconds, its weights) are passed over.
+
+        Raises:
+            DataError: Where an entry is missing or of the wrong kind.
+        """
+        try:
+            metrics: dict[str, Any] = {key: float(values[name]) for key, name in METRICS.items()}
+            counts = ("pictures", "boxes", "detections", "unanswered", "max_detections")
+            return cls(
+                **metrics,
+                per_class=tuple(ClassScore(**score) for score in values["per_class"]),
+                by_size={name: SizeScore(**score) for name, score in values["by_size"].items()},
+                **{name: int(values[name]) for name in counts},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"this is no evaluation: {error!r}", code="evaluation") from error
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: Where the text is no such document.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"this is no evaluation: {error}", code="evaluation") from error
+        if not isinstance(values, dict):
+            raise DataError(
+                f"this is no evaluation: a JSON object was wanted, got {type(values).__name__}", code="evaluation"
+            )
+        return cls.from_dict(values)
+
+    def table(self, *, per_class: bool = True, terminal: bool = False, width: int | None = None) -> str:
+        """The numbers as text: boxed and aligned for a terminal, otherwise tab-separated and complete."""
+        from finedetr.evaluate.report import evaluation_text
+
+        return evaluation_text(self, per_class=per_class, terminal=terminal, width=width)
+
+    def __str__(self) -> str:
+        return self.table(per_class=False)

@@ -1,0 +1,116 @@
+"""Small data sets and detections for the tests of this folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finedetr.data.dataset import Categories, Dataset
+
+
+def make_dataset(
+    sizes: Sequence[tuple[int, int]],
+    boxes: Sequence[Sequence[Sequence[float]]],
+    labels: Sequence[Sequence[int]],
+    *,
+    names: Sequence[str] = ("cat", "dog"),
+    category_ids: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+    crowd: Sequence[Sequence[bool]] | None = None,
+    area: Sequence[Sequence[float]] | None = None,
+    files: Sequence[str] | None = None,
+) -> Dataset:
+    """A data set from lists of lists, one a picture; boxes are xyxy."""
+    counts = [len(b) for b in boxes]
+    total = sum(counts)
+    flat = np.array([box for picture in boxes for box in picture], dtype=np.float32).reshape(-1, 4)
+    return Dataset(
+        split="val",
+        layout="coco",
+        evidence="made by a test",
+        files=tuple(files or [f"/pictures/{i}.jpg" for i in range(len(sizes))]),
+        ids=np.array(ids if ids is not None else range(len(sizes)), dtype=np.int64),
+        sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        labels=np.array([label for picture in labels for label in picture], dtype=np.int64),
+        boxes=flat,
+        crowd=np.array([c for picture in crowd for c in picture], dtype=bool) if crowd else np.zeros(total, dtype=bool),
+        area=np.array([a for picture in area for a in picture], dtype=np.float32)
+        if area
+        else (flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1]),
+        annotation_ids=np.arange(1, total + 1),
+        categories=Categories(tuple(category_ids or range(1, len(names) + 1)), tuple(names)),
+        notes=(),
+    )
+
+
+def random_case(seed: int, pictures: int = 12, classes: int = 4) -> tuple[Dataset, list[tuple[Any, Any, Any]]]:
+    """A data set with crowd, empty pictures, ids out of order and sizes of all kinds; and answers near the truth."""
+    random = np.random.default_rng(seed)
+    boxes, labels, crowd, area, answers = [], [], [], [], []
+    for _ in range(pictures):
+        n = int(random.integers(0, 9))
+        low = random.random((n, 2)) * 300
+        extent = np.exp(random.random((n, 2)) * 4) * 4
+        truth = np.round(np.concatenate((low, low + extent), 1) * 4) / 4
+        boxes.append(truth.tolist())
+        labels.append(random.integers(0, classes, n).tolist())
+        crowd.append((random.random(n) < 0.12).tolist())
+        area.append((extent.prod(1) * random.uniform(0.5, 1, n)).tolist())
+        m = int(random.integers(0, 3)) if random.random() < 0.9 else 150 // max(n, 1)
+        near = np.repeat(truth, m, 0)
+        near = near + random.normal(0, 1, near.shape) * np.repeat(extent, m, 0).repeat(2, 1) * 0.08
+        noise = random.random((int(random.integers(0, 6)), 2)) * 300
+        found = np.concatenate((near, np.concatenate((noise, noise + 40), 1)))
+        found[:, 2:] = np.maximum(found[:, 2:], found[:, :2])
+        label = np.concatenate((np.repeat(labels[-1], m), random.integers(0, classes, len(noise)))).astype(np.int64)
+        score = np.round(random.random(len(found)), 1 if seed % 2 else 4)  # ties in every other case
+        answers.append((found.astype(np.float32), score.astype(np.float32), label))
+    dataset = make_dataset(
+        [(400, 400)] * pictures,
+        boxes,
+        labels,
+        names=[f"class {i}" for i in range(classes)],
+        category_ids=random.choice(90, classes, replace=False).tolist(),
+        ids=random.permutation(1000)[:pictures].tolist(),
+        crowd=crowd,
+        area=area,
+    )
+    return dataset, answers
+
+
+def pycocotools_stats(dataset: Dataset, results: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """The oracle: twelve numbers and its precision array, from the same boxes as plain COCO dicts in original ids."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.starts))
+    boxes = dataset.boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": i, "width": 400, "height": 400} for i in dataset.ids.tolist()],
+            "categories": [{"id": i, "name": str(i)} for i in dataset.categories.ids],
+            "annotations": [
+                {
+                    "id": row + 1,
+                    "image_id": int(dataset.ids[owner[row]]),
+                    "category_id": dataset.categories.ids[dataset.labels[row]],
+                    "bbox": boxes[row].tolist(),
+                    "area": float(dataset.area[row]),
+                    "iscrowd": int(dataset.crowd[row]),
+                }
+                for row in range(len(boxes))
+            ],
+        }
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats, evaluation.eval
