@@ -1,1 +1,104 @@
-"""One reader for each layout of a data set."""
+"""One reader for each layout of a data set, and the sniffing that chooses between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finedetr.data.dataset import Dataset, finish
+from finedetr.data.formats import coco, voc, yolo
+from finedetr.data.images import SUFFIXES
+from finedetr.errors import DataError, did_you_mean
+
+__all__ = ["LAYOUTS", "list_splits", "open_dataset"]
+
+LAYOUTS = ("yolo", "coco", "voc")
+SYNONYMS = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
+
+
+def open_dataset(
+    path: str | Path,
+    split: str = "train",
+    *,
+    layout: str | None = None,
+    images: str | Path | None = None,
+    need_images: bool = True,
+    skip_missing: bool = False,
+) -> Dataset:
+    """Reads one split of a data set whose layout is sniffed.
+
+    Args:
+        path: A folder (COCO, YOLO, Pascal VOC), a COCO JSON file or a YOLO `data.yaml`.
+        split: `train`, `val` (or `valid`, `validation`), `test`, or a name that the layout knows (`trainval`).
+            Ignored where `path` is one COCO JSON.
+        layout: `coco`, `yolo` or `voc`; None sniffs.
+        images: The folder of the pictures, for COCO; None searches beside the annotations.
+        need_images: False reads annotations alone (saved results are to be evaluated): no file is looked for.
+        skip_missing: Go on without absent pictures however many they are.
+
+    Raises:
+        DataError: With the codes of the data set table (`data.none`, `data.ambiguous`, `data.class_range` ...).
+    """
+    root = Path(path)
+    chosen, evidence = sniff(root, layout)
+    split = SYNONYMS.get(split, split)
+    if chosen == "coco":
+        draft = coco.read(root, split, evidence, images, need_images)
+    elif chosen == "yolo":
+        draft = yolo.read(root, split, evidence)
+    else:
+        draft = voc.read(root, split, evidence)
+    return finish(draft, need_images=need_images, skip_missing=skip_missing)
+
+
+def list_splits(path: str | Path, layout: str | None = None) -> tuple[str, ...]:
+    """The splits of a data set, by their common names (`train`, `val`, `test` first)."""
+    root = Path(path)
+    chosen, _ = sniff(root, layout)
+    reader = {"coco": coco, "yolo": yolo, "voc": voc}[chosen]
+    names: tuple[str, ...] = reader.splits(root)
+    first = [name for name in ("train", "val", "test") if name in names]
+    return (*first, *sorted(set(names) - set(first)))
+
+
+def sniff(root: Path, layout: str | None = None) -> tuple[str, str]:
+    """The layout of a path and the evidence for it; DataError where there is none, or more than one."""
+    if layout is not None and layout not in LAYOUTS:
+        raise DataError(f"unknown layout {layout!r}", code="layout", hint=did_you_mean(layout, LAYOUTS))
+    if not root.exists():
+        raise DataError(
+            f"{root} does not exist", code="none", hint="Give the folder of a data set, or its JSON or YAML."
+        )
+    signs = {"coco": coco.evidence(root), "yolo": yolo.evidence(root), "voc": voc.evidence(root)}
+    found = {name: sign for name, sign in signs.items() if sign}
+    if layout is not None:
+        if layout not in found:
+            raise DataError(f"{root} does not read as {layout}. {looked_for(root)}", code="none")
+        return layout, f"read as {layout} because it was asked for, and {found[layout]}"
+    if len(found) > 1:
+        reasons = "; ".join(f"{name}: {sign}" for name, sign in found.items())
+        raise DataError(
+            f"{root} reads as {' and as '.join(found)} ({reasons})",
+            code="ambiguous",
+            hint=f"Choose with --format {'|'.join(found)}.",
+        )
+    if not found:
+        raise DataError(f"no known layout under {root}. {looked_for(root)}", code="none")
+    ((name, sign),) = found.items()
+    return name, f"read as {name} because {sign}"
+
+
+def looked_for(root: Path) -> str:
+    """What a data set would have shown, and what the folder holds instead."""
+    wanted = (
+        "Looked for: data.yaml with names (YOLO); _annotations.coco.json, annotations/instances_*.json or a JSON "
+        "with images, annotations and categories (COCO); JPEGImages/, Annotations/ and ImageSets/ (VOC)."
+    )
+    if not root.is_dir():
+        return f"{wanted} Found: a file named {root.name}."
+    pictures = texts = 0
+    for number, entry in enumerate(root.rglob("*")):
+        pictures += entry.suffix.lower() in SUFFIXES
+        texts += entry.suffix.lower() in (".txt", ".json", ".xml", ".yaml")
+        if number > 50_000:
+            break
+    return f"{wanted} Found: {pictures} pictures, {texts} files that could hold labels."

@@ -1,0 +1,352 @@
+"""Batches from worker processes: the same for the same seed, whatever the number of workers or processes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from finedetr.data.dataset import Dataset
+from finedetr.data.dense import plan_sample
+from finedetr.data.images import read_image, resize
+from finedetr.data.sampling import draw, load
+from finedetr.data.transforms import Augmentation, Truth, Windows
+from finedetr.errors import ConfigError, DataError, RunError
+from finedetr.records import Batch, Targets
+
+__all__ = ["EvaluationLoader", "TrainingLoader"]
+
+log = logging.getLogger("finedetr.data")
+ORDER, SAMPLE = 0, 1  # separate streams of random numbers
+REPLACEMENTS = 20  # how many broken pictures in a row one place of a batch puts up with
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What a worker sends: pictures in shared memory, the rest small."""
+
+    images: UInt8[Tensor, "B 3 H W"]
+    labels: NDArray[np.int64]
+    boxes: NDArray[np.float32]  # [T, 4] cxcywh in [0, 1]
+    counts: tuple[int, ...]
+    indices: tuple[int, ...]
+    broken: tuple[tuple[str, str], ...] = ()  # (file, message) of pictures that were replaced or left out
+
+    def batch(self, dataset: Dataset) -> Batch:
+        """The record that the training sees."""
+        counts = self.counts
+        image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
+        targets = Targets(torch.from_numpy(self.labels), torch.from_numpy(self.boxes), image, counts)
+        return Batch(self.images, targets, tuple(dataset.files[i] for i in self.indices))
+
+
+def pack(
+    images: UInt8[Tensor, "B H W 3"],
+    truths: list[Truth],
+    indices: list[int],
+    broken: list[tuple[str, str]],
+) -> Parcel:
+    """Joins pictures and their truth in pixels; boxes become cxcywh in [0, 1]."""
+    height, width = images.shape[1:3]
+    truth = Truth.join(truths) if truths else None
+    xyxy = np.zeros((0, 4)) if truth is None else truth.boxes / (width, height, width, height)
+    boxes = np.concatenate(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), 1).astype(np.float32)
+    labels = np.zeros(0, dtype=np.int64) if truth is None else truth.labels
+    counts = tuple(len(t.labels) for t in truths)
+    return Parcel(images.permute(0, 3, 1, 2), labels, boxes, counts, tuple(indices), tuple(broken))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class TrainingPictures(TorchDataset[Parcel]):
+    """Answers for (epoch, step) with its whole batch. Every worker has one."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        windows: Windows,
+        size: tuple[int, int],
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.dataset, self.augmentation, self.windows, self.size = dataset, augmentation, windows, size
+        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch: whole global batches, at least one."""
+        return max(1, len(self.dataset) // (self.batch * self.world))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Which picture stands at each position of an epoch, for all processes together.
+
+        A set that is smaller than one global batch is gone through as often as it takes to fill one.
+        """
+        if self.latest[0] != epoch:
+            total, needed = len(self.dataset), self.batch * self.world
+            rng = np.random.default_rng((self.seed, epoch, ORDER))
+            rounds = 1 if total >= needed else -(-needed // total)
+            self.latest = (epoch, np.concatenate([rng.permutation(total) for _ in range(rounds)]))
+        return self.latest[1]
+
+    def __getitem__(self, key: tuple[int, int]) -> Parcel:
+        epoch, step = key
+        first = (step * self.world + self.rank) * self.batch
+        images = torch.empty((self.batch, *self.size, 3), dtype=torch.uint8)
+        truths: list[Truth] = []
+        indices: list[int] = []
+        broken: list[tuple[str, str]] = []
+        for offset, index in enumerate(self.order(epoch)[first : first + self.batch]):
+            rng = np.random.default_rng((self.seed, epoch, SAMPLE, first + offset))
+            truth, used = self.sample(rng, epoch, int(index), images[offset], broken)
+            truths.append(truth)
+            indices.append(used)
+        return pack(images, truths, indices, broken)
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        epoch: int,
+        index: int,
+        out: UInt8[Tensor, "H W 3"],
+        broken: list[tuple[str, str]],
+    ) -> tuple[Truth, int]:
+        """Draws one picture into `out`; another one in its place where a file cannot be read."""
+        data, active = self.dataset, self.windows.kind(epoch)
+        for _ in range(REPLACEMENTS):
+            plan = plan_sample(rng, data, index, self.augmentation, active, self.size)
+            try:
+                draw(plan, self.load, out)
+            except DataError as error:
+                broken.append((error.message.partition(": ")[0], error.message))
+                index = int(rng.integers(len(data)))
+                continue
+            return plan.truth, index
+        raise DataError(
+            f"{REPLACEMENTS} pictures in a row cannot be read, the last: {broken[-1][1]}", code="corrupt_image"
+        )
+
+    def load(self, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
+        """Pixels of a picture."""
+        width, height = self.dataset.sizes[index]
+        return load(self.dataset.files[index], reduce, (int(width), int(height)))
+
+
+class Keys(Sampler[Any]):
+    """The keys that a loader hands to its workers next."""
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def ignore_interrupts(_: int) -> None:
+    """A worker leaves Ctrl-C to its parent, which ends it in an orderly way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unchanged(parcel: Any) -> Any:
+    """A dataset of whole batches needs no collation."""
+    return parcel
+
+
+class Workers:
+    """Worker processes that live as long as their loader, and what they report about broken files."""
+
+    def __init__(self, pictures: TorchDataset[Parcel], workers: int) -> None:
+        if workers < 0:
+            raise ConfigError(f"workers: wanted 0 or more; got {workers}")
+        self.keys = Keys()
+        self.broken: dict[str, int] = {}  # file -> how often it was met
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more workers than cores is the user's choice
+            self.loader: DataLoader[Parcel] | None = DataLoader(
+                pictures,
+                batch_size=None,
+                sampler=self.keys,
+                num_workers=workers,
+                collate_fn=unchanged,
+                worker_init_fn=ignore_interrupts if workers else None,
+                persistent_workers=workers > 0,
+                prefetch_factor=2 if workers else None,
+            )
+
+    def run(self, keys: list[Any]) -> Iterator[Parcel]:
+        """The parcels of these keys, in order."""
+        if self.loader is None:
+            raise RunError("the loader is closed")
+        self.keys.keys = keys
+        try:
+            for parcel in self.loader:
+                self.report(parcel.broken)
+                yield parcel
+        except RuntimeError as error:
+            text = str(error)
+            if "worker" in text and ("exited unexpectedly" in text or "killed" in text or "Bus error" in text):
+                hint = "Out of memory, or of shared memory (/dev/shm)? Use fewer workers, or --workers 0."
+                raise RunError(f"a data worker died: {text.splitlines()[0]}", code="worker", hint=hint) from error
+            raise
+
+    def report(self, broken: tuple[tuple[str, str], ...]) -> None:
+        """Warns of each file once, and counts."""
+        for file, message in broken:
+            if file not in self.broken:
+                log.warning("data.corrupt_image: %s It is passed over.", message)
+            self.broken[file] = self.broken.get(file, 0) + 1
+
+    def close(self) -> None:
+        """Ends the processes."""
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self.loader = None
+
+
+class TrainingLoader:
+    """Shuffled, augmented batches for training.
+
+    The pictures at each place of each step, and all that happens to them, follow from (seed, epoch, position) alone:
+    neither the number of workers nor where a run was resumed changes a batch. Of `world` processes, `rank` gets its
+    slice of each global batch, so that all of them together see what one process with the whole batch would see.
+
+    Attributes:
+        steps: Steps of an epoch, the same for every rank. What does not fill a batch is dropped, as published;
+            a set smaller than one global batch is repeated to fill one.
+        broken: Files that could not be read so far, and how often they were met; other pictures took their place.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        windows: Windows,
+        size: tuple[int, int],
+        batch: int,
+        workers: int = 2,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Batches of `batch` pictures for each process, of `size` (H, W).
+
+        Raises:
+            ConfigError: A batch, size, seed or rank that cannot be.
+        """
+        if batch < 1 or min(size) < 1 or seed < 0 or not 0 <= rank < world:
+            raise ConfigError(
+                f"wanted batch >= 1, size >= 1, seed >= 0 and 0 <= rank < world; got batch {batch}, size {size}, "
+                f"seed {seed}, rank {rank} of {world}"
+            )
+        self.dataset = dataset
+        self.pictures = TrainingPictures(
+            dataset, augmentation, windows, (int(size[0]), int(size[1])), batch, seed, rank, world
+        )
+        self.workers = Workers(self.pictures, workers)
+        self.steps = self.pictures.steps
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """File -> how often it could not be read."""
+        return self.workers.broken
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on (images uint8 [B, 3, H, W], channels last in memory)."""
+        for parcel in self.workers.run([(epoch, step) for step in range(first_step, self.steps)]):
+            yield parcel.batch(self.dataset)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.workers.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluationPictures(TorchDataset[Parcel]):
+    """Answers for a tuple of picture numbers with their batch, by the published preprocessing."""
+
+    def __init__(self, dataset: Dataset, size: tuple[int, int]) -> None:
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, key: tuple[int, ...]) -> Parcel:
+        data, (height, width) = self.dataset, self.size
+        images = torch.empty((len(key), *self.size, 3), dtype=torch.uint8)
+        truths: list[Truth] = []
+        indices: list[int] = []
+        broken: list[tuple[str, str]] = []
+        for index in key:
+            try:
+                pixels = read_image(data.files[index])
+            except DataError as error:
+                broken.append((data.files[index], error.message))
+                continue
+            images[len(indices)] = resize(pixels, self.size).permute(1, 2, 0)
+            truth = Truth.of(data, index)
+            scale = np.array((width, height, width, height)) / np.tile(data.sizes[index], 2)
+            truths.append(Truth(truth.boxes * scale, truth.labels, truth.area))
+            indices.append(index)
+        return pack(images[: len(indices)], truths, indices, broken)
+
+
+class EvaluationLoader:
+    """Every picture once, in order, squashed to (H, W); iterates (batch, picture numbers).
+
+    Rank r of `world` gets the pictures r, r + world, ...; nothing is padded. A file that cannot be read is left out
+    with a warning: its boxes then count as missed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: tuple[int, int],
+        batch: int = 8,
+        workers: int = 2,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch < 1 or min(size) < 1 or not 0 <= rank < world:
+            raise ConfigError(
+                f"wanted batch >= 1, size >= 1 and 0 <= rank < world; got {batch}, {size}, {rank}, {world}"
+            )
+        self.dataset = dataset
+        own = list(range(rank, len(dataset), world))
+        self.keys = [tuple(own[start : start + batch]) for start in range(0, len(own), batch)]
+        self.workers = Workers(EvaluationPictures(dataset, (int(size[0]), int(size[1]))), workers)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """File -> how often it could not be read."""
+        return self.workers.broken
+
+    def __iter__(self) -> Iterator[tuple[Batch, tuple[int, ...]]]:
+        for parcel in self.workers.run(list(self.keys)):
+            if parcel.indices:
+                yield parcel.batch(self.dataset), parcel.indices
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.workers.close()
