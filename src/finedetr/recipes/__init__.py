@@ -1,1 +1,55 @@
-"""One file a paper: a function from a recipe to a recipe."""
+"""Recipes: functions Recipe -> Recipe, one file a paper, and the table of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from finedetr.errors import UsageError, did_you_mean
+from finedetr.model.config import ModelConfig
+from finedetr.recipes.deim import deim
+from finedetr.recipes.dfine import dfine
+from finedetr.recipes.extras import constant_rate, late_matching, official_groups
+from finedetr.recipes.scratch import scratch
+from finedetr.train.recipe import Recipe
+
+__all__ = ["PAPERS", "RECIPES", "build", "deim", "dfine", "scratch"]
+
+RECIPES: dict[str, Callable[[Recipe], Recipe]] = {"deim": deim, "dfine": dfine}
+"""Bases, by the name that `--recipe` takes."""
+
+PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
+    "late-matching": late_matching,
+    "official-groups": official_groups,
+    "constant-rate": constant_rate,
+    "scratch": scratch,
+}
+"""What `--with` puts on top, in the order given."""
+
+
+def build(model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = (), *, random_start: bool) -> Recipe:
+    """The recipe of a command line, before its flags.
+
+    Args:
+        model: What is trained.
+        recipe: A name of `RECIPES`.
+        extras: Names of `PAPERS`, applied in order.
+        random_start: No weights are given: adapt what presumes a pretrained backbone (`scratch`).
+
+    Raises:
+        UsageError: A name is unknown; the message suggests the closest ones.
+    """
+    base = _find(RECIPES, recipe, "recipe")(Recipe(model=model))
+    if random_start:
+        base = scratch(base)
+    for name in extras:
+        before = base.name
+        base = _find(PAPERS, name, "paper for --with")(base)
+        base = replace(base, name=f"{before}+{name}")
+    return base
+
+
+def _find(table: dict[str, Callable[[Recipe], Recipe]], name: str, what: str) -> Callable[[Recipe], Recipe]:
+    if name not in table:
+        raise UsageError(f"no {what} is called {name!r}", code="unknown_key", hint=did_you_mean(name, table))
+    return table[name]

@@ -1,0 +1,143 @@
+"""Recipes as JSON and back. A misspelled key or a value of the wrong type is an error that says where."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from finedetr.errors import ConfigError, did_you_mean
+from finedetr.supervise.matching import Cost, FocalCost, MatchingPolicy, PerStage, QualityCost, UnionOfStages
+from finedetr.supervise.terms import (
+    BoxGIoU,
+    BoxL1,
+    FineGrainedLocalization,
+    Focal,
+    LocalizationDistillation,
+    MatchabilityAware,
+    Term,
+    Varifocal,
+)
+from finedetr.train.recipe import Recipe
+
+__all__ = ["flatten", "from_dict", "to_dict"]
+
+KINDS: dict[type, tuple[type, ...]] = {
+    Term: (
+        Focal,
+        Varifocal,
+        MatchabilityAware,
+        BoxL1,
+        BoxGIoU,
+        FineGrainedLocalization,
+        LocalizationDistillation,
+    ),
+    MatchingPolicy: (PerStage, UnionOfStages),
+    Cost: (FocalCost, QualityCost),
+}
+"""Abstract classes that a field may be annotated with, and their final ones. In JSON, `kind` names which it is."""
+
+Plain = Any  # what JSON knows
+
+
+def to_dict(recipe: Recipe) -> dict[str, Plain]:
+    """The recipe as plain dicts, lists, strings and numbers."""
+    encoded = _encode(recipe)
+    assert isinstance(encoded, dict)
+    return encoded
+
+
+def from_dict(document: Mapping[str, Plain], where: str = "config.json") -> Recipe:
+    """The recipe of a document that `to_dict` made; fields that it lacks keep their defaults.
+
+    Raises:
+        ConfigError: A key is unknown or a value has the wrong type; names the field and suggests the nearest one.
+    """
+    recipe = _decode(Recipe, document, where)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
+    """Nested keys joined by dots, as flags are: {"optimizer.lr": 0.0002, ...}."""
+    flat: dict[str, Plain] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _encode(value: object) -> Plain:
+    if is_dataclass(value):
+        encoded = {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
+        named = any(type(value) in finals for finals in KINDS.values())
+        return {"kind": type(value).__name__, **encoded} if named else encoded
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, value: Plain, where: str) -> Any:
+    if kind in KINDS:
+        kind, value = _choose(kind, value, where)
+    if is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _decode(next(option for option in inner if option is not type(None)), value, where)
+    if origin is Literal:
+        if value not in inner:
+            raise ConfigError(
+                f"{where}: one of {', '.join(map(str, inner))} is wanted, {value!r} came",
+                hint=did_you_mean(str(value), map(str, inner)),
+            )
+        return value
+    if origin is tuple:
+        return _decode_tuple(inner, value, where)
+    return _decode_plain(kind, value, where)
+
+
+def _decode_tuple(inner: tuple[Any, ...], value: Plain, where: str) -> tuple[Any, ...]:
+    any_length = len(inner) == 2 and inner[1] is Ellipsis
+    if not isinstance(value, (list, tuple)) or not (any_length or len(value) == len(inner)):
+        wanted = "a list" if any_length else f"a list of {len(inner)}"
+        raise ConfigError(f"{where}: {wanted} is wanted, {value!r} came")
+    kinds = [inner[0]] * len(value) if any_length else inner
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _decode_plain(kind: Any, value: Plain, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {kind.__name__} is wanted, {value!r} came")
+    return value
+
+
+def _choose(kind: type, value: Plain, where: str) -> tuple[type, Plain]:
+    finals = {final.__name__: final for final in KINDS[kind]}
+    name = value.get("kind") if isinstance(value, Mapping) else None
+    if not isinstance(name, str) or name not in finals:
+        raise ConfigError(
+            f"{where}: the kind of a {kind.__name__} is wanted, {name!r} came", hint=did_you_mean(str(name), finals)
+        )
+    return finals[name], {key: item for key, item in value.items() if key != "kind"}
+
+
+def _decode_dataclass(kind: Any, value: Plain, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: a table of {kind.__name__} is wanted, {value!r} came")
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}", code="unknown_key", hint=did_you_mean(str(key), known))
+    try:
+        return kind(**{key: _decode(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+    except TypeError as error:  # a required field is absent
+        raise ConfigError(f"{where}: {error}") from error

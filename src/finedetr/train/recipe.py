@@ -1,0 +1,297 @@
+"""Everything that a run is made of, as one tree of frozen dataclasses: it is the command line and `config.json` too.
+
+A recipe is made by functions (`finedetr.recipes`). Each default has one home, the field; what follows from something
+else is a property or a method. Everything that is a length is a share of the run, so that ten epochs on 200 pictures
+and the published schedules on COCO come from the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from finedetr.data.transforms import Augmentation, Windows
+from finedetr.errors import ConfigError, DataError
+from finedetr.model.config import ModelConfig
+from finedetr.model.zoo import variant
+from finedetr.supervise.denoising import Denoising
+from finedetr.supervise.matching import QualityCost, UnionOfStages
+from finedetr.supervise.objective import Objective
+from finedetr.supervise.terms import (
+    BoxGIoU,
+    BoxL1,
+    FineGrainedLocalization,
+    LocalizationDistillation,
+    Varifocal,
+)
+from finedetr.train.optimizer import Grouping
+from finedetr.train.schedule import Curve, FlatCosine, WarmupConstant
+
+__all__ = ["Average", "Evaluating", "Optimizer", "Recipe", "Saving", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW: its rate at a reference batch, and what becomes of it at another one."""
+
+    lr: float = 2e-4
+    """Learning rate at the reference batch; see also --lr."""
+    batch: int = 32
+    """The reference batch, in pictures a step over all processes."""
+    scaling: Literal["sqrt", "linear", "none"] = "sqrt"
+    """How the rate follows the batch. Adam's steps scale with the root of the batch (Malladi et al., 2022)."""
+    backbone: float = 0.5
+    """The backbone's rate as a multiple of the rate."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of everything but norms, biases and affine scalars."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Memory of the two moments."""
+    clip: float = 0.1
+    """Largest norm of the whole gradient; 0 is off."""
+    grouping: Grouping = field(default_factory=Grouping)
+    """Which parameters decay."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.batch < 1 or self.backbone < 0 or self.weight_decay < 0 or self.clip < 0:
+            raise ConfigError(f"the optimizer needs a rate above 0, a batch of 1 or more and no negatives, got {self}")
+
+    def rate_at(self, batch: int) -> float:
+        """The learning rate for a batch of so many pictures."""
+        match self.scaling:
+            case "sqrt":
+                return self.lr * math.sqrt(batch / self.batch)
+            case "linear":
+                return self.lr * batch / self.batch
+            case "none":
+                return self.lr
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run is divided. Ends are shares of the run: 0.5 is half of its epochs."""
+
+    curve: Literal["constant", "flat-cosine"] = "constant"
+    """The learning rate after the warm-up: D-FINE's or DEIM's."""
+    warmup: float = 0.05
+    """The warm-up is at most this share of the run ..."""
+    warmup_steps: int = 500
+    """... and at most so many steps (published: 500 for D-FINE, 2000 for DEIM)."""
+    start: float = 0.0
+    """Until here only flips and sizes vary (DEIM's start without strong augmentation)."""
+    flat: float = 0.0
+    """Until here: mosaic and mixup are on, and the rate of the flat-cosine curve is flat."""
+    plain: float = 0.9
+    """From here on: no strong augmentation, one size, and the flat tail of the flat-cosine curve."""
+    gamma: float = 0.5
+    """Where the cosine ends, as a multiple of the rate."""
+    late_matching: float = 1.0
+    """From here on matching goes by score and overlap alone (DEIMv2); 1 is never."""
+    restart: bool = False
+    """Begin the plain part from the best weights so far, and go back to them after each epoch that is no better."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1 or not 0 <= self.warmup <= 1:
+            raise ConfigError(
+                f"schedule: wanted 0 <= start <= flat <= plain <= 1 and a warm-up within 0..1, got {self.start}, "
+                f"{self.flat}, {self.plain} and {self.warmup}"
+            )
+
+    def windows(self, epochs: int) -> Windows:
+        """The epochs at which the augmentation changes, in a run of so many epochs."""
+        plain = round(self.plain * epochs)
+        mosaic = min(round(self.flat * epochs), plain)
+        return Windows(min(round(self.start * epochs), mosaic), mosaic, plain)
+
+    def warmup_of(self, total: int) -> int:
+        """Steps of the warm-up in a run of so many steps."""
+        return min(self.warmup_steps, round(self.warmup * total))
+
+    def rates(self, epochs: int, steps: int) -> Curve:
+        """The curve of the learning rate over a run of so many epochs of so many steps."""
+        total, windows = epochs * steps, self.windows(epochs)
+        warmup = self.warmup_of(total)
+        if self.curve == "constant":
+            return WarmupConstant(warmup)
+        plain = (epochs - windows.plain_from) * steps
+        return FlatCosine(total, warmup, windows.mosaic_end * steps, plain, self.gamma)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The moving average of the weights (EMA), whose memory follows the length of the run."""
+
+    decay: float = 0.9999
+    """Decay of a long run: a memory of 1 / (1 - decay) = 10 000 steps."""
+    memory: float = 0.1
+    """The memory is at most this share of the run's steps, so that a short run evaluates a converged average."""
+    ramp: float = 1000.0
+    """Steps over which the decay rises from 0; at most a tenth of the memory."""
+    restart_decay: float = 0.9999
+    """Decay after a restart (see schedule.restart)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1 or not 0 <= self.restart_decay < 1 or not 0 < self.memory <= 1 or self.ramp < 0:
+            raise ConfigError(f"average: wanted decays in [0, 1), a memory in (0, 1] and a ramp from 0, got {self}")
+
+    def decay_for(self, total: int) -> float:
+        """The decay in a run of so many steps."""
+        return min(self.decay, 1 - 1 / max(self.memory * total, 1.0))
+
+    def ramp_for(self, total: int) -> float:
+        """Steps of the ramp in a run of so many steps."""
+        return min(self.ramp, 0.1 / (1 - self.decay_for(total)))
+
+    def decay_after(self, restarts: int, total: int) -> float:
+        """The decay after so many restarts: the memory becomes 1/1, 1/2, 1/3 ... of what it was."""
+        return max(0.0, 1 - restarts * (1 - min(self.restart_decay, self.decay_for(total))))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When the resume state is written; always after an evaluation, and when the run is interrupted."""
+
+    seconds: float = 300.0
+    """At least so often."""
+    steps: int = 0
+    """And every so many steps; 0 is off."""
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """When and how the moving average is evaluated."""
+
+    every: int = 1
+    """Epochs between evaluations; the last epoch always has one."""
+    batch: int | None = None
+    """Pictures at a time and process; unset: as in training."""
+    max_detections: int = 100
+    """The best so many detections of a picture and class count (COCO: 100)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run but for its data, its folder and its device."""
+
+    name: str = "dfine"
+    """The functions that made it, for the record."""
+    model: ModelConfig = field(default_factory=lambda: variant("dfine-s"))
+    """What the detector is made of."""
+    size: tuple[int, int] = (640, 640)
+    """Height and width of the network's input."""
+    epochs: int = 132
+    """Rounds through the data."""
+    batch: int | None = None
+    """Pictures a step, over all processes and accumulated parts. Unset: optimizer.batch, less on few pictures."""
+    accumulate: int = 1
+    """Parts in which a batch is worked off, one after the other, to save memory."""
+    lr: float | None = None
+    """The learning rate itself. Unset: optimizer.lr, scaled to the batch."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass; losses are always fp32. auto: bf16 where the GPU has it, fp32 on a CPU."""
+    seed: int = 0
+    """Of all random numbers."""
+    freeze: tuple[Literal["backbone", "encoder", "norms"], ...] = ()
+    """Parts that are not trained; norms: the backbone's batch norms keep their statistics."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    average: Average = field(default_factory=Average)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from each channel on the scale 0..1. D-FINE and DEIM do not."""
+    std: tuple[float, float, float] | None = None
+    """Each channel is divided by it."""
+    denoise: bool = True
+    """Whether denoising queries take part in training."""
+    denoising: Denoising = field(default_factory=Denoising)
+    objective: Objective = field(
+        default_factory=lambda: Objective(
+            (Varifocal(), BoxL1(), BoxGIoU(), FineGrainedLocalization(), LocalizationDistillation()), UnionOfStages()
+        )
+    )
+    evaluating: Evaluating = field(default_factory=Evaluating)
+    saving: Saving = field(default_factory=Saving)
+    patience: int = 0
+    """Stop after so many evaluations without a better AP; 0 is off."""
+    max_time: float = 0.0
+    """Seconds that the run may take; the schedule is shortened to end in time. 0 is off."""
+    workers: int | None = None
+    """Processes that read pictures. Unset: up to 4, one less than there are cores. The batches do not depend on it."""
+    compile: bool = False
+    """Compile the detector with torch.compile."""
+    channels_last: bool = False
+    """Keep feature maps with the channels last in memory."""
+    sync_norms: bool = True
+    """With several GPUs: batch norms see the pictures of all of them."""
+
+    def __post_init__(self) -> None:
+        stride = self.model.largest_stride
+        for side in self.size:
+            if side < stride or side % stride:
+                low = max(stride, side // stride * stride)
+                raise ConfigError(
+                    f"size {self.size[0]} {self.size[1]}: multiples of {stride} are wanted, {side} is none",
+                    code="size",
+                    hint=f"The nearest legal ones are {low} and {low + stride}.",
+                )
+        for name, least in (("epochs", 1), ("accumulate", 1), ("patience", 0), ("max_time", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: at least {least} is wanted, {getattr(self, name)} came", code="range")
+        if self.batch is not None and (self.batch < 1 or self.batch % self.accumulate):
+            raise ConfigError(
+                f"batch: {self.batch} pictures cannot be worked off in {self.accumulate} equal parts",
+                code="range",
+                hint="Choose a batch that is a multiple of --accumulate.",
+            )
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr: a number above 0 is wanted, {self.lr} came", code="range")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("mean and std go together: give both or neither", code="conflict")
+
+    @property
+    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+        """(mean, std), or None."""
+        return (self.mean, self.std) if self.mean and self.std else None
+
+    def objective_at(self, epoch: int) -> Objective:
+        """The objective of an epoch: only the cost of the matching may change, once."""
+        policy = self.objective.policy
+        if epoch < self.schedule.late_matching * self.epochs or not hasattr(policy, "cost"):
+            return self.objective
+        return replace(self.objective, policy=replace(policy, cost=QualityCost()))  # type: ignore[type-var]
+
+    def resolve(self, pictures: int) -> Recipe:
+        """The same recipe with batch and learning rate as numbers, for a data set of so many training pictures.
+
+        Raises:
+            DataError: There is no picture.
+        """
+        if pictures < 1:
+            raise DataError("the training split has no pictures", code="empty_split")
+        batch = self.batch or self._batch_for(pictures)
+        return replace(self, batch=batch, lr=self.lr or self.optimizer.rate_at(batch))
+
+    def _batch_for(self, pictures: int) -> int:
+        """The reference batch, or the largest power of two of which an epoch still has twenty; at least 4."""
+        few = 1 << (max(pictures // 20, 4).bit_length() - 1)
+        batch = min(self.optimizer.batch, few)
+        return max(batch // self.accumulate, 1) * self.accumulate
+
+    def why_batch(self, resolved: Recipe, pictures: int) -> str:
+        """One line on where the batch comes from."""
+        if self.batch is not None:
+            return f"batch {resolved.batch}, as asked"
+        if resolved.batch == self.optimizer.batch:
+            return f"batch {resolved.batch}, the recipe's"
+        few = f"{pictures} pictures shall give about 20 steps an epoch"
+        return f"batch {resolved.batch} instead of {self.optimizer.batch}: {few}"
+
+    def why_rate(self, resolved: Recipe) -> str:
+        """One line on where the learning rate comes from."""
+        o, part = self.optimizer, f"; backbone {resolved.optimizer.backbone:g} of it"
+        if self.lr is not None:
+            return f"learning rate {resolved.lr:.3g}, as asked{part}"
+        if o.scaling == "none" or resolved.batch == o.batch:
+            return f"learning rate {resolved.lr:.3g}, the recipe's for batch {o.batch}{part}"
+        root = f"sqrt({resolved.batch}/{o.batch})" if o.scaling == "sqrt" else f"{resolved.batch}/{o.batch}"
+        return f"learning rate {resolved.lr:.3g} = {o.lr:g} x {root}, scaled from batch {o.batch}{part}"

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finedetr.errors import ConfigError, DataError, UsageError
+from finedetr.model.zoo import ZOO, variant
+from finedetr.recipes import PAPERS, RECIPES, build
+from finedetr.recipes.published import DEIM, DFINE, row
+from finedetr.supervise.matching import QualityCost
+from finedetr.train.config import flatten, from_dict, to_dict
+from finedetr.train.recipe import Average, Recipe, Schedule
+from finedetr.train.schedule import FlatCosine, WarmupConstant
+from tests.train.tiny import TINY
+
+COCO = 118_287  # training pictures
+
+
+def published(size: str, recipe: str) -> Recipe:
+    return build(variant(f"dfine-{size}"), recipe, random_start=False).resolve(COCO)
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "windows"),
+    [
+        ("n", 160, (4, 78, 148)),
+        ("s", 132, (4, 64, 120)),
+        ("m", 102, (4, 49, 90)),
+        ("l", 58, (4, 29, 50)),
+        ("x", 58, (4, 29, 50)),
+    ],
+)
+def test_deim_has_its_published_windows_and_memory_on_coco(
+    size: str, epochs: int, windows: tuple[int, int, int]
+) -> None:
+    recipe = published(size, "deim")
+    found = recipe.schedule.windows(recipe.epochs)
+    assert (recipe.epochs, (found.start, found.mosaic_end, found.plain_from)) == (epochs, windows)
+    steps = COCO // (recipe.batch or 0)
+    assert recipe.schedule.warmup_of(epochs * steps) == 2000
+    assert recipe.average.decay_for(epochs * steps) == 0.9999
+    assert recipe.average.ramp_for(epochs * steps) == 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "stop"), [("n", 160, 148), ("s", 132, 120), ("m", 132, 120), ("l", 80, 72), ("x", 80, 72)]
+)
+def test_d_fine_has_its_published_windows_on_coco(size: str, epochs: int, stop: int) -> None:
+    recipe = published(size, "dfine")
+    windows = recipe.schedule.windows(recipe.epochs)
+    assert (recipe.epochs, windows.start, windows.mosaic_end, windows.plain_from) == (epochs, 0, 0, stop)
+    assert recipe.schedule.rates(epochs, 3696) == WarmupConstant(500)
+
+
+@pytest.mark.parametrize("recipe", ["dfine", "deim"])
+@pytest.mark.parametrize("size", "nsmlx")
+def test_the_published_rates_hold_at_the_published_batch(size: str, recipe: str) -> None:
+    numbers = row({"dfine": DFINE, "deim": DEIM}[recipe], f"dfine-{size}")
+    made = published(size, recipe)
+    assert made.batch == numbers.batch
+    assert made.lr == pytest.approx(numbers.lr)
+    assert made.optimizer.backbone * numbers.lr == pytest.approx(numbers.backbone_lr)
+    assert made.optimizer.weight_decay == numbers.weight_decay
+
+
+def test_deim_s_on_coco_has_the_published_curve() -> None:
+    curve = published("s", "deim").schedule.rates(132, 3696)
+    assert curve == FlatCosine(132 * 3696, 2000, 64 * 3696, 12 * 3696, 0.5)
+
+
+def test_deim_n_is_constant_after_its_warm_up() -> None:
+    curve = published("n", "deim").schedule.rates(160, 924)
+    assert {curve.factor(step) for step in (2000, 80_000, 147_840)} == {1.0}
+
+
+def test_deim_takes_the_twin_of_a_published_variant_and_leaves_others_alone() -> None:
+    assert published("s", "deim").model == ZOO["deim-dfine-s"]
+    assert build(TINY, "deim", random_start=False).model == TINY
+
+
+def test_a_short_run_warms_up_and_remembers_in_proportion() -> None:
+    recipe = build(variant("dfine-n"), random_start=True).resolve(200)
+    total = 10 * (200 // (recipe.batch or 0))
+    assert recipe.schedule.warmup_of(total) <= 0.05 * total
+    decay, ramp = recipe.average.decay_for(total), recipe.average.ramp_for(total)
+    left = 1.0  # what is left of the random weights in the average after half of the run
+    for step in range(1, total // 2 + 1):
+        left *= decay * (1 - 2.718281828 ** (-step / ramp))
+    assert left < 1e-2
+
+
+def test_random_weights_train_the_whole_backbone_at_the_full_rate() -> None:
+    for name in ZOO:
+        recipe = build(variant(name), random_start=True)
+        assert recipe.optimizer.backbone == 1
+        assert not recipe.model.backbone.freeze_stem
+        assert not recipe.model.backbone.freeze_norm
+        assert not recipe.schedule.restart
+
+
+def test_the_rate_follows_the_batch_and_says_so() -> None:
+    recipe = replace(Recipe(), batch=8)
+    resolved = recipe.resolve(1000)
+    assert resolved.lr == pytest.approx(1e-4)
+    assert recipe.why_rate(resolved).startswith("learning rate 0.0001 = 0.0002 x sqrt(8/32), scaled from batch 32")
+    asked = replace(recipe, lr=3e-4)
+    assert asked.resolve(1000).lr == 3e-4
+    assert "as asked" in asked.why_rate(asked.resolve(1000))
+    linear = replace(recipe, optimizer=replace(recipe.optimizer, scaling="linear"))
+    assert linear.resolve(1000).lr == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize(("pictures", "batch"), [(1, 4), (100, 4), (200, 8), (400, 16), (5000, 32)])
+def test_few_pictures_get_a_smaller_batch(pictures: int, batch: int) -> None:
+    assert Recipe().resolve(pictures).batch == batch
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once = build(variant("dfine-s"), random_start=True).resolve(300)
+    assert once.resolve(300) == once
+    with pytest.raises(DataError, match="no pictures"):
+        once.resolve(0)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *PAPERS])
+def test_every_recipe_survives_json(name: str) -> None:
+    extras = () if name in RECIPES else (name,)
+    recipe = build(variant("dfine-m"), name if name in RECIPES else "deim", extras, random_start=False)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+def test_every_recipe_states_its_paper_and_what_to_expect() -> None:
+    for table in (RECIPES, PAPERS):
+        for name, function in table.items():
+            assert function.__doc__, name
+            assert name == "constant-rate" or "Expect" in function.__doc__ or "published" in function.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("optimizer", "wieght_decay"), 1.0, "optimizer: unknown key 'wieght_decay'\n  Did you mean weight_decay"),
+        (("epochs",), "ten", "epochs: int is wanted, 'ten' came"),
+        (("epochs",), True, "epochs: int is wanted, True came"),
+        (("size",), [640], "size: a list of 2 is wanted"),
+        (("precision",), "fp61", "precision: one of auto, fp32, bf16, fp16 is wanted, 'fp61' came\n  Did you mean"),
+        (("objective", "terms"), [{"kind": "BoxGioU"}], r"terms\[0\]: the kind of a Term is wanted, 'BoxGioU' came"),
+        (("objective", "policy"), 3, "policy: the kind of a MatchingPolicy is wanted"),
+        (("model", "decoder"), [], "decoder: a table of DecoderConfig is wanted"),
+        (("size",), [640, 650], "multiples of 32 are wanted, 650 is none\n  The nearest legal ones are 640 and 672"),
+        (("schedule", "flat"), 0.95, "flat <= plain"),
+    ],
+)
+def test_a_wrong_document_is_an_error_that_says_where(path: tuple[str, ...], value: object, message: str) -> None:
+    document = to_dict(Recipe())
+    place: Any = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ConfigError, match=message):
+        from_dict(document)
+
+
+def test_every_field_of_the_tree_has_one_home() -> None:
+    flat = flatten(to_dict(Recipe()))
+    assert flat["optimizer.lr"] == 2e-4
+    assert flat["objective.policy.kind"] == "UnionOfStages"
+    assert sum(key.endswith("weight_decay") for key in flat) == 1
+
+
+def test_the_flags_of_a_run_are_documented() -> None:
+    for kind in (Recipe, Schedule, Average):
+        source = Path(__import__("inspect").getsourcefile(kind)).read_text(encoding="utf-8")
+        for field in fields(kind):
+            if is_dataclass(field.type) or field.name in {"optimizer", "schedule", "average", "augmentation"}:
+                continue
+            if field.name in {"denoising", "objective", "evaluating", "saving", "model"}:
+                continue
+            after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
+            assert after.strip().startswith('"""'), f"{kind.__name__}.{field.name} has no sentence"
+
+
+def test_late_matching_changes_the_cost_only_in_the_last_part() -> None:
+    recipe = replace(build(variant("dfine-s"), "deim", ("late-matching",), random_start=False), epochs=132)
+    assert recipe.objective_at(99) == recipe.objective
+    assert isinstance(recipe.objective_at(100).policy.cost, QualityCost)  # type: ignore[attr-defined]
+    assert recipe.objective_at(100).terms == recipe.objective.terms
+
+
+def test_a_restart_shortens_the_memory() -> None:
+    average = Average()
+    assert [round(average.decay_after(n, 10**6), 6) for n in (1, 2, 3)] == [0.9999, 0.9998, 0.9997]
+    assert average.decay_after(1, 100) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("recipe", "extras"), [("demi", ()), ("deim", ("official-group",))])
+def test_a_misspelled_recipe_is_suggested(recipe: str, extras: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="Did you mean"):
+        build(TINY, recipe, extras, random_start=True)
+
+
+def test_an_odd_batch_names_its_parts() -> None:
+    with pytest.raises(ConfigError, match="10 pictures cannot be worked off in 4 equal parts"):
+        replace(Recipe(), batch=10, accumulate=4)
