@@ -52,8 +52,8 @@ def iou_giou(
     Two boxes without any area have IoU 0 (not NaN), so that a degenerate prediction cannot poison a step.
     """
     # coordinate by coordinate: broadcast pairs become dense planes, several times faster than boxes of four
-    left_a, top_a, right_a, bottom_a = to_xyxy(a).unbind(-1)
-    left_b, top_b, right_b, bottom_b = to_xyxy(b).unbind(-1)
+    left_a, top_a, right_a, bottom_a = _corner_planes(a)
+    left_b, top_b, right_b, bottom_b = _corner_planes(b)
     width = (torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)).clamp(min=0)
     height = (torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)).clamp(min=0)
     hull_width = torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)
@@ -64,6 +64,13 @@ def iou_giou(
     tiny = torch.finfo(union.dtype).tiny if eps == 0.0 else eps
     ratio = intersection / union.clamp(min=tiny)
     return ratio, ratio - (enclosing - union) / enclosing.clamp(min=tiny)
+
+
+def _corner_planes(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`to_xyxy` as four dense tensors."""
+    x, y, width, height = boxes.unbind(-1)
+    width, height = 0.5 * width.clamp(min=0), 0.5 * height.clamp(min=0)
+    return x - width, y - height, x + width, y + height
 
 
 def iou(a: Float[Tensor, "*#N 4"], b: Float[Tensor, "*#N 4"]) -> Float[Tensor, "*N"]:

@@ -272,19 +272,18 @@ class LocalizationDistillation(Term):
         stages, layers = len(answers.stages), _layers(answers.edges)
         return range(stages - layers, stages - min(layers, 1))
 
-    def __call__(self, s: Supervision) -> Float[Tensor, " L-1"]:
+    def __call__(self, s: Supervision) -> Float[Tensor, " N"]:
         """Balanced mean over all queries of the pictures; free of the count."""
         edges, teacher = s.answers.edges, s.final.edges
         if edges is None or teacher is None or _layers(edges) < 2:
             return s.answers.logits.new_zeros(0)
         share = self._share(s, _layers(edges) - 1)
-        student = edges.logits[:-1].float()
-        taught = teacher.logits.float()
-        total: Tensor = _EdgeDivergence.apply(student, taught, share, self.temperature)  # type: ignore[no-untyped-call]
+        layers, taught = edges.logits.float(), teacher.logits.float()
+        total: Tensor = _EdgeDivergence.apply(layers, taught, share, self.temperature)  # type: ignore[no-untyped-call]
         return total
 
     @torch.no_grad()
-    def _share(self, s: Supervision, layers: int) -> Float[Tensor, "L-1 B Q"]:
+    def _share(self, s: Supervision, layers: int) -> Float[Tensor, "N B Q"]:
         """What each query's divergence, summed over its edges, counts."""
         pairs = s.match.boxes.last(layers + 1)
         judged = len(pairs) - pairs.sizes[-1]
@@ -311,29 +310,34 @@ class LocalizationDistillation(Term):
 
 
 class _EdgeDivergence(torch.autograd.Function):
-    """T² Σ share · KL(softmax(teacher/T) ‖ softmax(student/T)) over each layer, the student's gradient alongside."""
+    """T² Σ share · KL(softmax(teacher/T) ‖ softmax(layer/T)) over all layers but the last, with its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Float[Tensor, "L B Q 4 K"],
+        layers: Float[Tensor, "L B Q 4 K"],
         teacher: Float[Tensor, "1 B Q 4 K"],
-        share: Float[Tensor, "L B Q"],
+        share: Float[Tensor, "N B Q"],
         temperature: float,
-    ) -> Float[Tensor, " L"]:
+    ) -> Float[Tensor, " N"]:
         log_teacher = (teacher / temperature).log_softmax(-1)
         probability = log_teacher.exp()
-        log_student = (student / temperature).log_softmax(-1)
+        log_student = (layers[:-1] / temperature).log_softmax(-1)
         divergence = (log_teacher - log_student).mul_(probability).sum((-1, -2))
         share = share * temperature
-        ctx.save_for_backward(log_student.exp_().sub_(probability).mul_(share[..., None, None]))
+        # the last layer has a place of its own here, so that the backward pass need not pad
+        slope = torch.empty_like(layers, memory_format=torch.contiguous_format)
+        torch.exp(log_student, out=slope[:-1])
+        slope[:-1].sub_(probability).mul_(share[..., None, None])
+        slope[-1].zero_()
+        ctx.save_for_backward(slope)
         return (divergence * share).sum((1, 2)) * temperature
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, " L"]) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, " N"]) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grad[:, None, None, None, None], None, None, None
+        return slope * F.pad(grad, (0, 1))[:, None, None, None, None], None, None, None
 
 
 def _layers(edges: Edges | None) -> int:
