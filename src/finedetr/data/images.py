@@ -300,7 +300,7 @@ def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> UInt8[Tensor, "3 
 
     The result has channels last in memory (a view of [H, W, 3]), which is also what makes this fast.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if tuple(pixels.shape[1:]) == tuple(size):
-        return pixels
-    return F.interpolate(pixels[None], size=tuple(size), mode="bilinear", antialias=True)[0]
+    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
+    if tuple(pixels.shape[2:]) == tuple(size):
+        return pixels[0]
+    return F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)[0]
