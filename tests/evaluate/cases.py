@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import nn
 
 from finedetr.data.dataset import Categories, Dataset
+from finedetr.geometry import to_cxcywh
+from finedetr.records import Output, Prediction
 
 
 def make_dataset(
@@ -114,3 +120,47 @@ def pycocotools_stats(dataset: Dataset, results: list[dict[str, Any]]) -> tuple[
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats, evaluation.eval
+
+
+class Oracle(nn.Module):
+    """A detector that answers the truth: solid pictures tell by their red value which one of the data set they are."""
+
+    def __init__(self, dataset: Dataset, queries: int = 12, classes: int | None = None) -> None:
+        super().__init__()
+        self.classes = classes or len(dataset.categories.names)
+        logits = torch.full((len(dataset), queries, self.classes), -9.0)
+        boxes = torch.rand(len(dataset), queries, 4, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.3
+        for i in range(len(dataset)):
+            rows = dataset.rows(i)
+            width, height = dataset.sizes[i].tolist()
+            xyxy = torch.from_numpy(dataset.boxes[rows]) / torch.tensor([width, height, width, height])
+            count = len(xyxy)
+            boxes[i, :count] = to_cxcywh(xyxy)
+            logits[i, torch.arange(count), torch.from_numpy(dataset.labels[rows])] = 4.0
+        self.logits, self.boxes = nn.Parameter(logits), nn.Parameter(boxes)
+        self.seen: list[tuple[torch.dtype, tuple[int, ...], bool]] = []
+
+    def forward(self, images: torch.Tensor) -> Output:
+        self.seen.append(((images[:, 0] @ images[:, 0].mT).dtype, tuple(images.shape), self.training))
+        index = (images[:, 0, 0, 0] * 255 / 10).round().long()
+        return Output(Prediction(self.logits[index][None], self.boxes[index][None], ("layer2",)))
+
+
+def solid_pictures(folder: Path) -> Dataset:
+    """Five pictures of different sizes on disk, each of one color, and their truth (one has none, one has crowd)."""
+    sizes = [(64, 48), (50, 90), (32, 32), (120, 40), (33, 77)]
+    boxes = [
+        [[2, 3, 30, 40], [10, 5, 60, 20]],
+        [[0, 0, 50, 90]],
+        [],
+        [[5, 5, 25, 25], [30, 10, 110, 39], [60, 1, 70, 9]],
+        [[1.5, 2.25, 30, 70]],
+    ]
+    labels = [[0, 1], [1], [], [0, 0, 1], [1]]
+    crowd = [[False, False], [False], [], [False, True, False], [False]]
+    files = []
+    for index, size in enumerate(sizes):
+        path = folder / f"{index}.png"
+        Image.new("RGB", size, (index * 10, 7, 9)).save(path)
+        files.append(str(path))
+    return make_dataset(sizes, boxes, labels, category_ids=(5, 90), ids=[40, 30, 20, 10, 0], crowd=crowd, files=files)

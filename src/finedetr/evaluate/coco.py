@@ -78,7 +78,7 @@ class Evaluator:
             RunError: Where a number is not finite.
             UsageError: Where a shape, an index or a label cannot be.
         """
-        self._take(np.array([index]), np.array([np.size(score)]), xyxy, score, label)
+        self.add_rows([index], [np.size(score)], xyxy, score, label)
 
     def add_batch(self, indices: Sequence[int], xyxy: ArrayLike, score: ArrayLike, label: ArrayLike) -> None:
         """Takes the answers for a batch: `xyxy` [B, K, 4], `score` [B, K], `label` [B, K]. Otherwise as `add`."""
@@ -90,7 +90,7 @@ class Evaluator:
             )
         counts = np.full(len(indices), score.shape[1])
         boxes, labels = np.asarray(xyxy, dtype=np.float32), np.asarray(label)
-        self._take(np.asarray(indices), counts, boxes.reshape(-1, 4), score.reshape(-1), labels.reshape(-1))
+        self.add_rows(indices, counts, boxes.reshape(-1, 4), score.reshape(-1), labels.reshape(-1))
 
     def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Takes COCO results in the data set's original ids, as a results file holds them.
@@ -115,22 +115,27 @@ class Evaluator:
         boxes[:, 2:] += boxes[:, :2]
         order = np.argsort(picture, kind="stable")
         answered, counts = np.unique(picture, return_counts=True)
-        self._take(answered, counts, boxes[order], score[order], label[order])
+        self.add_rows(answered, counts, boxes[order], score[order], label[order])
 
-    def _take(
+    def add_rows(
         self,
-        picture: NDArray[Any],
-        count: NDArray[Any],
+        indices: Sequence[int] | NDArray[Any],
+        counts: Sequence[int] | NDArray[Any],
         xyxy: ArrayLike,
         score: ArrayLike,
         label: ArrayLike,
     ) -> None:
-        """Checks and keeps copies: the caller may use its arrays again."""
+        """Takes the answers for several pictures in one: the first `counts[0]` rows belong to `indices[0]`, and so on.
+
+        Otherwise as `add`. Copies are kept: the caller may use its arrays again.
+        """
+        picture, count = np.asarray(indices, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         boxes = np.array(xyxy, dtype=np.float32).reshape(-1, 4)
         scores, labels = np.array(score, dtype=np.float32).reshape(-1), np.asarray(label).reshape(-1)
-        if not len(boxes) == len(scores) == len(labels):
+        if not len(boxes) == len(scores) == len(labels) == count.sum():
             raise UsageError(
-                f"an answer has as many boxes as scores and labels; got {len(boxes)}, {len(scores)}, {len(labels)}",
+                f"an answer has as many boxes as scores and labels; got {len(boxes)}, {len(scores)}, {len(labels)} "
+                f"where {count.sum()} were announced",
                 code="shape",
             )
         if picture.size and not (picture.min() >= 0 and picture.max() < len(self.dataset)):
@@ -152,8 +157,8 @@ class Evaluator:
                 hint="The weights have diverged, or half precision overflows: evaluate in fp32 to tell which.",
             )
         answers = self._answers
-        answers.picture.append(picture.astype(np.int64))
-        answers.count.append(count.astype(np.int64))
+        answers.picture.append(picture.copy())
+        answers.count.append(count.copy())
         answers.xyxy.append(boxes)
         answers.score.append(scores)
         answers.label.append(labels.astype(np.int64))
@@ -194,7 +199,7 @@ class Evaluator:
                 code="merge",
                 hint="Do all machines see the same files?",
             )
-        self._take(picture, count, xyxy, score, label)
+        self.add_rows(picture, count, xyxy, score, label)
 
     def _fingerprint(self) -> NDArray[np.int64]:
         """Tells two data sets apart."""

@@ -1,0 +1,318 @@
+"""Weights at work: detections for whatever a user points at, and a detector measured on a data set."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed, nn
+
+from finedetr.data.dataset import Categories, Dataset
+from finedetr.data.images import resize
+from finedetr.data.loader import EvaluationLoader
+from finedetr.detections import Detections
+from finedetr.errors import DataError, FineDETRError, RunError, UsageError
+from finedetr.evaluate.coco import Evaluator
+from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.inference import Inference, Precision, at_rest
+from finedetr.evaluate.sources import Pictures, Source, find_pictures, read_source
+
+if TYPE_CHECKING:
+    from finedetr.model.weights import Card
+
+__all__ = ["Predictor", "evaluate_detector"]
+
+log = logging.getLogger("finedetr.evaluate")
+Loaded = tuple[Source, NDArray[np.uint8], Tensor]
+
+
+class Predictor:
+    """A detector, ready to be asked.
+
+    Args:
+        detector: Its forward gives `Output`. It is moved to the device and put in eval mode.
+        card: Class names, input size and preprocessing, as they travel with the weights.
+        device: Where it runs.
+        batch: Pictures that go through the detector together.
+        precision: `fp32`, `bf16`, `fp16` or `auto`.
+        workers: Threads that read and resize pictures ahead of the detector.
+
+    Attributes:
+        broken: file -> message of the pictures that were passed over, over the life of the predictor.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        card: Card,
+        device: torch.device | str = "cpu",
+        batch: int = 8,
+        *,
+        precision: Precision = "fp32",
+        workers: int = 2,
+    ) -> None:
+        if batch < 1 or workers < 1:
+            raise UsageError(f"batch and workers are at least 1; got {batch} and {workers}", code="range")
+        self.detector = detector.to(device).eval()
+        self.card = card
+        self.batch, self.workers = batch, workers
+        self.inference = Inference(device, precision, card.mean, card.std)
+        self.broken: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names."""
+        return self.card.names
+
+    def __call__(
+        self,
+        source: Source | Iterable[Source],
+        threshold: float = 0.4,
+        batch: int | None = None,
+        *,
+        nms: float | None = None,
+    ) -> Detections | list[Detections]:
+        """Detects in one picture (one `Detections`), or in a folder, a glob or a list (a list of them).
+
+        Args:
+            source: A file, a folder, a glob, a PIL image, a uint8 RGB array [H, W, 3], or a list of these.
+            threshold: Detections with a lower score are left out.
+            batch: Another batch size for this call.
+            nms: Suppress overlaps of one class above this IoU; off by default, as the detector needs none.
+
+        Raises:
+            DataError: A file that was named cannot be read. In a folder or a glob it is passed over with a warning.
+            UsageError: A source or a number that cannot be.
+        """
+        found = find_pictures(source)
+        # Ten thousand results must not hold ten thousand pictures: those from files are read again to be drawn.
+        answers = [
+            answer if found.single or answer.path is None else replace(answer, image=None)
+            for answer in self._stream(found, *self._checked(threshold, batch, nms))
+        ]
+        return answers[0] if found.single else answers
+
+    def predict(self, source: Source | Iterable[Source], threshold: float = 0.4, **options: Any) -> Any:
+        """The same as calling the predictor."""
+        return self(source, threshold, **options)
+
+    def stream(
+        self,
+        source: Source | Iterable[Source],
+        threshold: float = 0.4,
+        batch: int | None = None,
+        *,
+        nms: float | None = None,
+    ) -> Iterator[Detections]:
+        """As a call, but one `Detections` after the other, each with its picture, in little memory."""
+        return self._stream(find_pictures(source), *self._checked(threshold, batch, nms))
+
+    def _checked(self, threshold: float, batch: int | None, nms: float | None) -> tuple[float, int, float | None]:
+        if not 0 <= threshold <= 1 or (nms is not None and not 0 <= nms <= 1):
+            raise UsageError(f"threshold and nms are in 0..1; got {threshold} and {nms}", code="range")
+        batch = self.batch if batch is None else batch
+        if batch < 1:
+            raise UsageError(f"batch is at least 1; got {batch}", code="range")
+        return threshold, batch, nms
+
+    def _stream(self, found: Pictures, threshold: float, batch: int, nms: float | None) -> Iterator[Detections]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            loaded = self._loaded(pool, found, 2 * batch)
+            while group := list(itertools.islice(loaded, batch)):
+                yield from self._detect(group, threshold, nms)
+
+    def _loaded(self, pool: ThreadPoolExecutor, found: Pictures, ahead: int) -> Iterator[Loaded]:
+        """What the threads read, in order, so many pictures ahead; without those that may be passed over."""
+        rest = iter(found.items)
+        waiting = deque(pool.submit(self._load, item) for item in itertools.islice(rest, ahead))
+        broken = 0
+        try:
+            while waiting:
+                future = waiting.popleft()
+                waiting.extend(pool.submit(self._load, item) for item in itertools.islice(rest, 1))
+                try:
+                    yield future.result()
+                except DataError as error:
+                    if not found.forgiving:
+                        raise
+                    broken += 1
+                    self.broken[str(error.message).split(": ", 1)[0]] = error.message
+                    log.warning("%s: %s; it is passed over", error.code, error.message)
+        finally:
+            for future in waiting:
+                future.cancel()
+        if broken:
+            log.warning("data.corrupt_image: %d of %d pictures were passed over", broken, len(found.items))
+
+    def _load(self, item: Source) -> Loaded:
+        """In a thread: pixels, and the detector's input as bytes."""
+        pixels = read_source(item)
+        return item, pixels, resize(pixels, self.card.size)
+
+    def _detect(self, group: Sequence[Loaded], threshold: float, nms: float | None) -> Iterator[Detections]:
+        sizes = np.array([(pixels.shape[1], pixels.shape[0]) for _, pixels, _ in group])
+        images = torch.stack([tensor for _, _, tensor in group])
+        boxes, scores, labels = self.inference(self.detector, images, sizes)
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise RunError(
+                "the detector answers NaN or infinity",
+                code="not_finite",
+                hint="The weights have diverged, or half precision overflows: try fp32.",
+            )
+        for row, (item, pixels, _) in enumerate(group):
+            keep = scores[row] >= threshold
+            width, height = (int(value) for value in sizes[row])
+            xyxy = np.clip(boxes[row][keep], 0, np.array([width, height, width, height], dtype=np.float32))
+            path = str(item) if isinstance(item, str) else None
+            answer = Detections(
+                xyxy, scores[row][keep], labels[row][keep], self.names, (width, height), path=path, image=pixels
+            )
+            yield answer if nms is None else answer.nms(nms)
+
+
+def evaluate_detector(
+    detector: nn.Module,
+    dataset: Dataset,
+    size: tuple[int, int],
+    batch: int = 8,
+    workers: int = 2,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    *,
+    precision: Precision = "fp32",
+    top: int = 300,
+    max_detections: int = 100,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, Evaluator]:
+    """Measures a detector on a data set by the published evaluation.
+
+    Where the data set is the work of several processes, each takes every `world`-th picture and the first one measures;
+    all return the same numbers. Only the first process's evaluator then holds all detections.
+
+    Args:
+        detector: Its forward gives `Output`; already on the device. It is left in the mode in which it came.
+        dataset: The truth.
+        size: (height, width) of the detector's input.
+        batch: Pictures of one process that go through the detector together.
+        workers: Processes that read pictures; 0 reads in this one.
+        device: Where the detector is.
+        rank: The number of this process.
+        world: How many processes there are; more than one need `torch.distributed`.
+        mean: As in the weights' card.
+        std: As in the weights' card.
+        precision: `fp32`, `bf16`, `fp16` or `auto`.
+        top: Detections kept of each picture.
+        max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
+        names: The detector's class names. Where they are not the data set's, classes are matched by name.
+        progress: Called after each batch with how many of this process's batches are done, and how many there are.
+
+    Raises:
+        RunError: The detector answers NaN, or another process failed.
+        DataError: No class of the detector is in the data set.
+    """
+    evaluator = Evaluator(dataset, max_detections)
+    failure: FineDETRError | None = None
+    try:
+        to_truth = _class_table(names, dataset.categories)
+        inference = Inference(device, precision, mean, std, top)
+        loader = EvaluationLoader(dataset, size, batch, workers, rank, world)
+        try:
+            with at_rest(detector):
+                for done, (pictures, indices) in enumerate(loader, start=1):
+                    answer = inference(detector, pictures.images, dataset.sizes[list(indices)])
+                    _collect(evaluator, indices, answer, to_truth)
+                    if progress is not None:
+                        progress(done, len(loader))
+        finally:
+            loader.close()
+    except FineDETRError as error:
+        if world == 1:
+            raise
+        failure = error  # the others wait for this process: it must come to the meeting and tell them
+    if world == 1:
+        return evaluator.result(), evaluator
+    return _measure_together(evaluator, failure, rank), evaluator
+
+
+def _collect(
+    evaluator: Evaluator,
+    indices: Sequence[int],
+    answer: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]],
+    to_truth: NDArray[np.int64] | None,
+) -> None:
+    """Hands a batch to the evaluator, in the data set's classes."""
+    xyxy, score, label = answer
+    if to_truth is None:
+        evaluator.add_batch(indices, xyxy, score, label)
+        return
+    label = to_truth[label]
+    keep = label >= 0
+    evaluator.add_rows(indices, keep.sum(axis=1), xyxy[keep], score[keep], label[keep])
+
+
+def _class_table(names: Sequence[str] | None, categories: Categories) -> NDArray[np.int64] | None:
+    """For each class of the detector the data set's class of that name, or -1; None where the classes are the same."""
+    if names is None or tuple(names) == categories.names:
+        return None
+    index = {name: i for i, name in enumerate(categories.names)}
+    table = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+    known = sorted(set(names) & set(categories.names))
+    if not known:
+        raise DataError(
+            f"the detector knows {_some(names)}; the data set has {_some(categories.names)}: no name is the same",
+            code="class_names",
+        )
+    if len(set(names)) < len(names) or len(index) < len(categories.names):
+        raise DataError("classes cannot be matched by name: a name stands twice", code="class_names")
+    foreign = [name for name in names if name not in index]
+    unknown = [name for name in categories.names if name not in set(names)]
+    log.warning(
+        "data.class_names: classes are matched by name: %d in common%s%s",
+        len(known),
+        f"; not in the data set: {_some(foreign)}" if foreign else "",
+        f"; not known to the detector, so never found: {_some(unknown)}" if unknown else "",
+    )
+    return table
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _measure_together(evaluator: Evaluator, failure: FineDETRError | None, rank: int) -> Evaluation:
+    """The first process merges what all have and measures; everybody gets the numbers, or the failure."""
+    if not distributed.is_initialized():
+        raise UsageError(
+            "world is more than 1, but torch.distributed is not initialized", code="distributed", hint="Use torchrun."
+        )
+    own = (None, evaluator.to_bytes()) if failure is None else (f"process {rank}: {failure}", b"")
+    parts: list[Any] | None = [None] * distributed.get_world_size() if rank == 0 else None
+    distributed.gather_object(own, parts)
+    outcome: list[str | None] = [None, None]
+    if parts is not None:
+        outcome[0] = next((error for error, _ in parts if error), None)
+        if outcome[0] is None:
+            try:
+                for _, data in parts[1:]:
+                    evaluator.merge(data)
+                outcome[1] = evaluator.result().to_json()
+            except FineDETRError as error:
+                outcome[0] = f"process 0: {error}"
+    distributed.broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if outcome[1] is None:
+        raise RunError(f"the evaluation failed in {outcome[0]}", code="evaluation")
+    return Evaluation.from_json(outcome[1])

@@ -1,0 +1,153 @@
+"""What a user points at: a picture, an array, a folder, a glob, or a list of these. Finds the pictures in it."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finedetr.data.images import SUFFIXES, read_image, to_rgb
+from finedetr.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Pictures", "Source", "find_pictures", "read_source"]
+
+Source: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was found.
+
+    Attributes:
+        items: Paths, PIL pictures or arrays, in order.
+        single: Whether one picture was meant, so that one answer is expected.
+        forgiving: Whether broken files are passed over: nobody named them one by one.
+    """
+
+    items: tuple[Source, ...]
+    single: bool
+    forgiving: bool
+
+
+def find_pictures(source: Source | Iterable[Source]) -> Pictures:
+    """The pictures that a source stands for.
+
+    A folder gives the pictures in it and below it, sorted by path, hidden files left out; a glob those that it matches.
+
+    Raises:
+        DataError: Where there is no such file, or no picture in it.
+        UsageError: For something that is no source.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _from_path(os.fspath(source))
+    if _is_picture(source):
+        return Pictures((cast("Source", source),), single=True, forgiving=False)
+    if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
+        raise UsageError(
+            f"a source is a path, a folder, a glob, a PIL image, a uint8 array [H, W, 3], or a list of these; "
+            f"got {type(source).__name__}",
+            code="source",
+        )
+    found = [item if _is_picture(item) else find_pictures(item) for item in source]
+    items: list[Source] = []
+    forgiving = bool(found)
+    for item in found:
+        if isinstance(item, Pictures):
+            items.extend(item.items)
+            forgiving &= item.forgiving
+        else:
+            items.append(item)
+            forgiving = False
+    return Pictures(tuple(items), single=False, forgiving=forgiving)
+
+
+def read_source(item: Source) -> NDArray[np.uint8]:
+    """Pixels of one picture: uint8 [H, W, 3] RGB, upright.
+
+    Raises:
+        DataError: Where a file cannot be read; it names the file.
+        UsageError: For an array that is no picture.
+    """
+    if isinstance(item, (str, os.PathLike)):
+        return read_image(os.fspath(item))
+    if isinstance(item, np.ndarray):
+        return _from_array(item)
+    from PIL import ImageOps
+
+    return np.array(to_rgb(ImageOps.exif_transpose(item) or item))
+
+
+def _is_picture(value: Any) -> bool:
+    """A PIL picture or an array, without importing PIL for those who use neither."""
+    return isinstance(value, np.ndarray) or hasattr(value, "getexif")
+
+
+def _from_path(text: str) -> Pictures:
+    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
+    if scheme in ("http", "https", "rtsp", "rtmp", "ftp", "s3"):
+        raise UsageError(
+            f"{text}: sources are files on this machine, addresses are not read",
+            code="source",
+            hint="Download it first.",
+        )
+    path = Path(text)
+    if path.is_dir():
+        return Pictures(_below(path), single=False, forgiving=True)
+    if path.exists():
+        return Pictures((str(path),), single=True, forgiving=False)
+    if glob.has_magic(text):
+        files = sorted(name for name in glob.glob(text, recursive=True) if os.path.isfile(name))
+        pictures = tuple(name for name in files if Path(name).suffix.lower() in SUFFIXES)
+        if not pictures:
+            raise DataError(
+                f"{text}: matches no picture" + (f" ({len(files)} other files)" if files else ""),
+                code="none",
+                hint=f"Known endings: {', '.join(sorted(SUFFIXES))}.",
+            )
+        return Pictures(pictures, single=False, forgiving=True)
+    raise DataError(f"{text}: there is no such file or folder", code="missing_image")
+
+
+def _below(folder: Path) -> tuple[str, ...]:
+    """Pictures in a folder and below it."""
+    pictures, others = [], 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.startswith("."):
+                continue
+            if Path(name).suffix.lower() in SUFFIXES:
+                pictures.append(os.path.join(root, name))
+            else:
+                others += 1
+    if not pictures:
+        raise DataError(
+            f"{folder}: holds no picture ({others} other files)",
+            code="none",
+            hint=f"Known endings: {', '.join(sorted(SUFFIXES))}.",
+        )
+    return tuple(sorted(pictures))
+
+
+def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """A copy: grey and alpha become RGB; anything that would have to be guessed is refused."""
+    if array.dtype == np.uint8 and array.ndim == 2:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise UsageError(
+            f"a picture as an array is uint8 [H, W, 3] in RGB order; got {array.dtype} {list(array.shape)}",
+            code="source",
+            hint="Many pictures are a list of arrays. Values in 0..1: times 255 first. From OpenCV: image[..., ::-1].",
+        )
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return np.array(array[..., :3], order="C")
