@@ -97,29 +97,34 @@ class Detector(nn.Module):
         all_stages: bool,
         pyramid: tuple[Tensor, ...],
     ) -> Output:
-        """Cuts the answers of the joined queries into their groups."""
-        layers = len(self.decoder.layers)
-        names = ("initial", *(f"layer{i}" for i in range(layers)))
-        predictions = [self._prediction(answers, slice(start, start + size), names) for start, size in _spans(extra)]
-        own = slice(sum(group.boxes.shape[1] for group in extra), None)
+        """Cuts the answers of the joined queries into their groups, the matching group last."""
+        names = ("initial", *(f"layer{i}" for i in range(len(self.decoder.layers))))
+        sizes = [group.boxes.shape[1] for group in extra]
+        sizes.append(answers.boxes.shape[2] - sum(sizes))
+        # split, not slices: their gradients come back as one concatenation
+        cut = zip(
+            answers.logits.float().split(sizes, dim=2),
+            answers.boxes.split(sizes, dim=2),
+            answers.corners.split(sizes, dim=2),
+            answers.anchors.split(sizes, dim=1),
+            strict=True,
+        )
+        *groups, own = (self._prediction(names, *parts) for parts in cut)
         if all_stages:
-            matching = self._prediction(answers, own, names)
-            matching = Prediction(
-                torch.cat((encoder_logits.float()[None], matching.logits)),
-                torch.cat((encoder_boxes[None], matching.boxes)),
-                ("encoder", *names),
-                matching.edges,
+            own = Prediction(
+                torch.cat((encoder_logits.float()[None], own.logits)),
+                torch.cat((encoder_boxes[None], own.boxes)),
+                ("encoder", *own.stages),
+                own.edges,
             )
-        else:
-            matching = self._prediction(answers, own, names[-1:])
-        return Output(matching, tuple(zip(extra, predictions, strict=True)), pyramid)
+        return Output(own, tuple(zip(extra, groups, strict=True)), pyramid)
 
-    def _prediction(self, answers: Refinement, span: slice, names: tuple[str, ...]) -> Prediction:
+    def _prediction(
+        self, names: tuple[str, ...], logits: Tensor, boxes: Tensor, corners: Tensor, anchors: Tensor
+    ) -> Prediction:
         table = self.decoder.bin_table
-        stages = len(names)
-        layers = min(stages, answers.corners.shape[0])
-        edges = Edges(answers.corners[-layers:, :, span], answers.anchors[:, span], table.values, table.scale)
-        return Prediction(answers.logits[-stages:, :, span].float(), answers.boxes[-stages:, :, span], names, edges)
+        edges = Edges(corners, anchors, table.values, table.scale)
+        return Prediction(logits, boxes, names[-logits.shape[0] :], edges)
 
     def _content(self, group: QueryGroup, dtype: torch.dtype) -> Tensor:
         if group.content is not None:
@@ -137,12 +142,3 @@ class Detector(nn.Module):
                 code="size",
                 hint=f"Use {near[0]}x{near[1]} or {near[0] + stride}x{near[1] + stride}.",
             )
-
-
-def _spans(extra: tuple[QueryGroup, ...]) -> list[tuple[int, int]]:
-    """First query and number of queries of each group, in the order in which the decoder sees them."""
-    spans, start = [], 0
-    for group in extra:
-        spans.append((start, group.boxes.shape[1]))
-        start += group.boxes.shape[1]
-    return spans

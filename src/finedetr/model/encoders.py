@@ -150,7 +150,8 @@ class HybridEncoder(nn.Module):
         positions = self._table(int(height), int(width), x.device)
         for layer in self.layers:
             tokens = layer(tokens, positions)
-        return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        out: Tensor = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return out
 
     def _table(self, height: int, width: int, device: torch.device) -> Tensor:
         key = (height, width, device)

@@ -75,7 +75,7 @@ class _Floor(torch.autograd.Function):
         return x.clamp(max=bound) if upper else x.clamp(min=bound)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (x,) = ctx.saved_tensors
         if ctx.upper:  # threshold_backward keeps what lies above; mirror both
             passed = torch.ops.aten.threshold_backward(grad, -x, -ctx.bound)
@@ -123,13 +123,21 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H2 W2"]:
         """One feature map to the next."""
-        x = self.conv(x)
+        x = self._convolve(x)
         if self.affine is not None and self.act == "relu" and self._may_fold(x):
             return self._norm_relu_affine(x, self.affine)
         x = self.norm(x)
         if self.act is not None:
             x = ACTIVATIONS[self.act](x)
         return x if self.affine is None else self.affine(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if self.conv.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass there
+                out: Tensor = self.conv(x.float())
+                return out
+        out = self.conv(x)
+        return out
 
     def _may_fold(self, x: Tensor) -> bool:
         # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
@@ -161,7 +169,8 @@ class ConvNorm(nn.Module):
             norm.momentum or 0.0,
             norm.eps,
         )
-        return _Floor.apply(x, affine.bias, bool(affine.scale < 0))
+        out: Tensor = _Floor.apply(x, affine.bias, bool(affine.scale < 0))  # type: ignore[no-untyped-call]
+        return out
 
 
 class MLP(nn.Module):
