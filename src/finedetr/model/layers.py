@@ -132,12 +132,12 @@ class ConvNorm(nn.Module):
         return x if self.affine is None else self.affine(x)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        if self.conv.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass there
-                out: Tensor = self.conv(x.float())
-                return out
-        out = self.conv(x)
-        return out
+        slow = self.conv.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if not slow:
+            out: Tensor = self.conv(x)
+            return out
+        with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass on the CPU
+            return F.conv2d(x.float(), self.conv.weight, None, self.conv.stride, self.conv.padding, 1, self.conv.groups)
 
     def _may_fold(self, x: Tensor) -> bool:
         # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
