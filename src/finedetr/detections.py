@@ -271,8 +271,8 @@ def annotate(
 ) -> Image.Image:
     """A copy of an RGB picture with boxes drawn over it: the last box on top, captions above all boxes.
 
-    Every colored line has a dark and a light rim and every caption stands on a filled box, so that both can be read on
-    any background.
+    Every colored line has a rim that contrasts with it and every caption stands on a filled box, so that both can be
+    read on any background.
 
     Args:
         image: The picture.
@@ -286,7 +286,7 @@ def annotate(
 
     canvas = image.convert("RGB") if image.mode != "RGB" else image.copy()
     short = min(canvas.size)
-    line = line or max(1, round(short / 320))
+    line = line or (1 if short < 120 else max(2, round(short / 320)))
     font = ImageFont.load_default(size=max(10, round(short / 42)))
     draw = ImageDraw.Draw(canvas)
     boxes = [_inside(box, canvas.size) for box in np.asarray(xyxy, dtype=np.float64).reshape(-1, 4).tolist()]
@@ -312,10 +312,8 @@ def _inside(box: list[float], size: tuple[int, int]) -> tuple[int, int, int, int
 
 def _solid_box(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Color, line: int) -> None:
     left, top, right, bottom = box
-    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0))
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_contrast(color))
     draw.rectangle(box, outline=color, width=line)
-    if right - left > 4 * line and bottom - top > 4 * line:
-        draw.rectangle((left + line, top + line, right - line, bottom - line), outline=(255, 255, 255))
 
 
 def _dashed_box(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Color, line: int) -> None:

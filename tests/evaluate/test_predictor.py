@@ -22,6 +22,7 @@ from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.model.weights import Card
 from finedetr.model.zoo import variant
 from tests.evaluate.cases import Oracle, solid_pictures
+from tests.model.test_detector import tiny
 
 
 @pytest.fixture
@@ -83,10 +84,8 @@ def test_mean_and_std_reach_the_detector(dataset: Dataset) -> None:
 
 
 def test_a_detector_can_be_trained_after_it_was_measured(dataset: Dataset) -> None:
-    from finedetr.model.detector import Detector
-
-    detector = Detector(variant("dfine-n"), 2).train()
-    evaluate_detector(detector, dataset, (64, 64), batch=2, workers=0)
+    detector = tiny(queries=20).train()
+    evaluate_detector(detector, dataset, (64, 64), batch=2, workers=0, names=("cat", "dog", "x", "y", "z"))
     output = detector(torch.rand(2, 3, 64, 64))
     (output.matching.logits.sum() + output.matching.boxes.sum()).backward()
     assert any(p.grad is not None for p in detector.parameters())
