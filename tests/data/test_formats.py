@@ -1,0 +1,374 @@
+"""Three layouts, sniffed; every fault is an error that names its place, or a counted note."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finedetr.data.dataset import Dataset
+from finedetr.data.formats import list_splits, open_dataset
+from finedetr.errors import DataError
+
+
+def picture(path: Path, width: int = 100, height: int = 80, orientation: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (width, height), (90, 120, 30)).save(path, exif=exif)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def codes(dataset: Dataset) -> dict[str, int]:
+    return {note.code: note.count for note in dataset.notes}
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """Two pictures (one empty), ids with gaps, one crowd region."""
+    base: dict[str, Any] = {
+        "images": [
+            {"id": 7, "file_name": "a.jpg", "width": 100, "height": 80},
+            {"id": 3, "file_name": "b.jpg", "width": 100, "height": 80},
+        ],
+        "annotations": [
+            {"id": 11, "image_id": 7, "category_id": 18, "bbox": [10, 20, 30, 40], "area": 900, "iscrowd": 0},
+            {"id": 12, "image_id": 7, "category_id": 5, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 1},
+        ],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 5, "name": "plane"}],
+    }
+    return base | changes
+
+
+def coco(folder: Path, data: Any) -> Path:
+    for name in ("a.jpg", "b.jpg"):
+        picture(folder / "train2017" / name)
+    write(folder / "annotations" / "instances_train2017.json", data)
+    return folder
+
+
+def one(**changes: Any) -> list[dict[str, Any]]:
+    return [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0} | changes]
+
+
+# ----------------------------------------------------------------------------------------------------------------- COCO
+
+
+def test_coco_keeps_original_ids_and_maps_gaps(tmp_path: Path) -> None:
+    data = open_dataset(coco(tmp_path, content()))
+    assert data.layout == "coco"
+    assert "instances_train2017.json" in data.evidence
+    assert data.categories.ids == (5, 18)
+    assert data.categories.names == ("plane", "dog")
+    assert data.ids.tolist() == [7, 3]
+    assert data.labels.tolist() == [1, 0]
+    assert data.boxes.tolist() == [[10, 20, 40, 60], [0, 0, 50, 50]]
+    assert data.crowd.tolist() == [False, True]
+    assert data.area.tolist() == [900, 2500]
+    assert data.starts.tolist() == [0, 2, 2], "the empty picture stays"
+    assert codes(data) == {"data.class_gap": 1, "data.crowd": 1}
+
+
+@pytest.mark.parametrize("layout", ["roboflow", "bare"])
+def test_other_coco_layouts(tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "valid"
+    for name in ("a.jpg", "b.jpg"):
+        picture(folder / name)
+    file = write(folder / ("_annotations.coco.json" if layout == "roboflow" else "boxes.json"), content())
+    data = open_dataset(tmp_path, "val") if layout == "roboflow" else open_dataset(file)
+    assert len(data) == 2
+    assert len(data.boxes) == 2
+
+
+def test_roboflow_placeholder_is_dropped_only_if_no_split_uses_it(tmp_path: Path) -> None:
+    categories = [
+        {"id": 0, "name": "things", "supercategory": "none"},
+        {"id": 1, "name": "one", "supercategory": "things"},
+        {"id": 2, "name": "two", "supercategory": "things"},
+    ]
+    for split in ("train", "valid"):
+        picture(tmp_path / split / "a.jpg")
+        picture(tmp_path / split / "b.jpg")
+        write(
+            tmp_path / split / "_annotations.coco.json",
+            content(categories=categories, annotations=one(category_id=2)),
+        )
+    data = open_dataset(tmp_path, "train")
+    assert data.categories.ids == (1, 2)
+    assert "data.placeholder" in codes(data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(categories=categories, annotations=one(category_id=0)))
+    assert open_dataset(tmp_path, "train").categories.ids == (0, 1, 2)
+    assert list_splits(tmp_path) == ("train", "val")
+
+
+def test_a_missing_area_is_width_times_height(tmp_path: Path) -> None:
+    annotation = one()
+    del annotation[0]["area"], annotation[0]["iscrowd"]
+    assert open_dataset(coco(tmp_path, content(annotations=annotation))).area.tolist() == [12]
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "message"),
+    [
+        ('{"images": [1, 2,', "json", r"json:1:18"),
+        ("[]", "keys", "wanted an object"),
+        ({"images": [], "annotations": []}, "keys", "missing: categories"),
+        (content(images=[]), "empty_split", "list of images is empty"),
+        (content(images=[{"id": 1}]), "keys", r"images\[0\] \(id 1\)"),
+        (content(categories=[]), "keys", "no categories"),
+        (content(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "duplicate_id", "category id 1"),
+        (content(annotations=one(bbox=[1, 2, 3])), "box", r"annotations\[0\] \(id 1\)"),
+        (content(annotations=one(bbox=[1, 2, 3, float("nan")])), "nonfinite", "annotation 1"),
+        (content(annotations=one(category_id=99)), "class_range", "category_id 99"),
+        (content(annotations=one(bbox=None)), "keys", "missing bbox"),
+        (content(annotations=["x"]), "keys", r"annotations\[0\]"),
+    ],
+)
+def test_faults_of_coco_files_are_named(tmp_path: Path, data: Any, code: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(coco(tmp_path, data))
+    assert caught.value.code == f"data.{code}"
+
+
+def test_repeated_image_ids_are_an_error(tmp_path: Path) -> None:
+    twice = [{"id": 7, "file_name": name, "width": 100, "height": 80} for name in ("a.jpg", "b.jpg")]
+    with pytest.raises(DataError, match="image id 7") as caught:
+        open_dataset(coco(tmp_path, content(images=twice, annotations=[])))
+    assert caught.value.code == "data.duplicate_id"
+
+
+def test_mendable_faults_are_counted(tmp_path: Path) -> None:
+    boxes = [[1, 2, 0, 5], [-20, 2, 30, 5], [99, 70, 30, 30], [1, 1, 5, 5], [1, 1, 5, 5], [200, 200, 5, 5]]
+    rows = [one(id=4, bbox=box)[0] for box in boxes] + one(id=9, image_id=1000)
+    data = open_dataset(coco(tmp_path, content(annotations=rows)))
+    found = codes(data)
+    assert found["data.degenerate"] == 2
+    assert found["data.outside"] == 2
+    assert found["data.duplicate_box"] == 1
+    assert found["data.duplicate_id"] == 1
+    assert found["data.orphan"] == 1
+    assert data.boxes.tolist() == [[0, 2, 10, 7], [99, 70, 100, 80], [1, 1, 6, 6], [1, 1, 6, 6]]
+    assert len(set(data.annotation_ids.tolist())) == 4
+
+
+def test_a_wrong_size_is_an_error(tmp_path: Path) -> None:
+    images = [{"id": 7, "file_name": "a.jpg", "width": 50, "height": 80}]
+    with pytest.raises(DataError, match=r"a\.jpg is 100x80, the annotations say 50x80") as caught:
+        open_dataset(coco(tmp_path, content(images=images)))
+    assert caught.value.code == "data.size"
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_of_an_unrotated_annotation_turn_with_the_picture(tmp_path: Path, orientation: int) -> None:
+    folder = coco(tmp_path, content(annotations=one(bbox=[10, 20, 30, 40])))
+    picture(folder / "train2017" / "a.jpg", orientation=orientation)
+    data = open_dataset(folder)
+    assert data.sizes[0].tolist() == [80, 100]
+    pixels = np.zeros((80, 100), dtype=bool)
+    pixels[20:60, 10:40] = True
+    turned = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}[orientation]
+    ys, xs = np.flatnonzero(turned.any(1)), np.flatnonzero(turned.any(0))
+    assert data.boxes[0].tolist() == [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+    assert codes(data)["data.exif"] == 1
+
+
+def test_annotations_can_be_read_without_pictures(real_data: Path) -> None:
+    data = open_dataset(real_data / "cocoeval" / "instances_val2014_100.json", need_images=False)
+    assert (len(data), len(data.boxes), len(data.categories)) == (100, 839, 80)
+
+
+# ----------------------------------------------------------------------------------------------------------------- YOLO
+
+
+def yolo(folder: Path, label: str | None, names: str = "names: [cat, dog]") -> Path:
+    write(folder / "data.yaml", f"train: images/train\nval: images/val\n{names}\n")
+    for split in ("train", "val"):
+        picture(folder / "images" / split / "a.jpg")
+        picture(folder / "images" / split / "b.jpg")
+    if label is not None:
+        write(folder / "labels" / "train" / "a.txt", label)
+    return folder
+
+
+def test_yolo_boxes_polygons_and_backgrounds(tmp_path: Path) -> None:
+    data = open_dataset(yolo(tmp_path, "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.1 0.4 0.2 0.3 0.5\n"))
+    assert data.layout == "yolo"
+    assert np.allclose(data.boxes, [[40, 24, 60, 56], [10, 8, 40, 40]])
+    assert data.labels.tolist() == [1, 0]
+    assert data.starts.tolist() == [0, 2, 2]
+    assert codes(data) == {"data.polygons": 1}
+    assert list_splits(tmp_path) == ("train", "val")
+
+
+@pytest.mark.parametrize("names", ["names: {0: cat, 1: dog}", "names:\n  - cat\n  - dog", "nc: 7\nnames: [cat, dog]"])
+def test_yolo_names_as_list_or_mapping(tmp_path: Path, names: str) -> None:
+    assert open_dataset(yolo(tmp_path, "1 .5 .5 .1 .1", names)).categories.names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("entry", ["images/train/", "[images/train]", "train.txt", "../images/train"])
+def test_yolo_splits_as_folder_list_or_text(tmp_path: Path, entry: str) -> None:
+    folder = yolo(tmp_path, "1 .5 .5 .1 .1")
+    write(folder / "train.txt", "./images/train/b.jpg\nimages/train/a.jpg\n")
+    write(folder / "data.yaml", f"path: .\ntrain: {entry}\nnames: [cat, dog]\n")
+    data = open_dataset(folder / "data.yaml", "train")
+    assert len(data) == 2
+    assert len(data.boxes) == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "code", "message"),
+    [
+        ("0 .5 .5 .1 .1\n2 .5 .5 .1 .1\n", "class_range", r"a\.txt:2: class 2 is outside the 2 names"),
+        ("0.5 .5 .5 .1 .1", "class_range", r"a\.txt:1"),
+        ("0 50 40 20 10", "not_normalised", r"a\.txt:1.*pixels"),
+        ("0 .5 .5 .1", "labels", r"a\.txt:1: wanted class"),
+        ("0 .5 .5 .1 .1 .9", "labels", "score"),
+        ("0 .5 x .1 .1", "labels", r"a\.txt:1: wanted numbers"),
+        ("0 .5 nan .1 .1", "nonfinite", r"a\.txt:1"),
+        ("nan .5 .5 .1 .1", "class_range", r"a\.txt:1"),
+    ],
+)
+def test_faults_of_label_files_name_file_and_line(tmp_path: Path, label: str, code: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(yolo(tmp_path, label))
+    assert caught.value.code == f"data.{code}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [a\ntrain: x", "not valid YAML"),
+        ("names: 5\ntrain: images/train", "wanted `names`"),
+        ("names:", "names"),
+    ],
+)
+def test_faults_of_the_yaml_are_named(tmp_path: Path, text: str, message: str) -> None:
+    write(yolo(tmp_path, None) / "data.yaml", text)
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_an_unknown_split_is_named_with_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Known: train, val") as caught:
+        open_dataset(yolo(tmp_path, None), "test")
+    assert caught.value.code == "data.split"
+
+
+# ------------------------------------------------------------------------------------------------------------------ VOC
+
+
+def voc(folder: Path, objects: str, size: str = "<size><width>100</width><height>80</height></size>") -> Path:
+    picture(folder / "JPEGImages" / "a.jpg")
+    picture(folder / "JPEGImages" / "b.jpg")
+    write(folder / "Annotations" / "a.xml", f"<annotation>{size}{objects}</annotation>")
+    write(folder / "ImageSets" / "Main" / "train.txt", "a\nb\n")
+    return folder
+
+
+def thing(name: str = "cat", box: tuple[Any, ...] = (1, 1, 20, 10), difficult: int = 0) -> str:
+    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
+
+
+def test_voc_corners_are_one_based_and_difficult_is_ignored(tmp_path: Path) -> None:
+    data = open_dataset(voc(tmp_path, thing() + thing("dog", (5, 5, 5, 9)) + thing("ant", (2, 3, 4, 5), 1)))
+    assert data.layout == "voc"
+    assert data.categories.names == ("ant", "cat", "dog")
+    assert data.boxes.tolist() == [[0, 0, 20, 10], [1, 2, 4, 5]]
+    assert data.crowd.tolist() == [False, True]
+    assert codes(data) == {"data.background": 1, "data.degenerate": 1, "data.crowd": 1}
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (thing(box=(1, 1, "x", 4)), r"a\.xml: object 1: wanted bndbox"),
+        ("<object><name>cat</name></object>", "object 1"),
+        ("<object>", r"a\.xml:1:\d+: not valid XML"),
+        (thing() + thing(""), "object 2: has no name"),
+    ],
+)
+def test_faults_of_voc_files_are_named(tmp_path: Path, objects: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_dataset(voc(tmp_path, objects))
+
+
+# ------------------------------------------------------------------------------------------------------------ all alike
+
+
+def test_a_folder_without_a_layout_says_what_was_looked_for(tmp_path: Path) -> None:
+    picture(tmp_path / "x.jpg")
+    with pytest.raises(DataError, match=r"Looked for: data\.yaml.*Found: 1 pictures") as caught:
+        open_dataset(tmp_path)
+    assert caught.value.code == "data.none"
+    with pytest.raises(DataError, match="does not exist"):
+        open_dataset(tmp_path / "nowhere")
+
+
+def test_two_layouts_in_one_folder_must_be_chosen_between(tmp_path: Path) -> None:
+    coco(yolo(tmp_path, "1 .5 .5 .1 .1"), content())
+    with pytest.raises(DataError, match=r"--format coco\|yolo") as caught:
+        open_dataset(tmp_path)
+    assert caught.value.code == "data.ambiguous"
+    assert open_dataset(tmp_path, layout="yolo").layout == "yolo"
+    assert open_dataset(tmp_path, layout="coco").layout == "coco"
+    with pytest.raises(DataError, match="Did you mean yolo"):
+        open_dataset(tmp_path, layout="yol")
+
+
+def test_few_absent_or_broken_pictures_are_left_out_and_many_are_an_error(tmp_path: Path) -> None:
+    def build(absent: int) -> Callable[[], Dataset]:
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        folder = yolo(tmp_path / "set", None)
+        for number in range(200):
+            shutil.copy(folder / "images" / "train" / "a.jpg", folder / "images" / "train" / f"{number:03}.jpg")
+        write(folder / "list.txt", "\n".join(f"images/train/{number:03}.jpg" for number in range(200 + absent)))
+        (folder / "images" / "train" / "007.jpg").write_bytes(b"")
+        write(folder / "data.yaml", "train: list.txt\nnames: [cat]\n")
+        return lambda: open_dataset(folder)
+
+    data = build(2)()
+    assert len(data) == 199
+    assert codes(data) == {"data.missing_image": 2, "data.corrupt_image": 1}
+    with pytest.raises(DataError, match="10 of 210 pictures are listed but absent") as caught:
+        build(10)()
+    assert caught.value.code == "data.missing_image"
+    assert len(open_dataset(tmp_path / "set", skip_missing=True)) == 199
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "pictures", "boxes", "classes"),
+    [
+        ("dice", "train", 200, 1487, 6),
+        ("dice", "validation", 50, 308, 6),
+        ("bccd", "train", 205, 2804, 3),
+        ("bccd", "val", 87, 1137, 3),
+        ("coco128", "train", 128, 939, 80),
+    ],
+)
+def test_real_sets_are_read(real_data: Path, name: str, split: str, pictures: int, boxes: int, classes: int) -> None:
+    data = open_dataset(real_data / name, split)
+    assert (len(data), len(data.boxes), len(data.categories)) == (pictures, boxes, classes)
+    assert (data.boxes[:, 2:] > data.boxes[:, :2]).all()
+    assert (data.boxes[:, 2:] <= np.repeat(data.sizes, np.diff(data.starts), axis=0)).all()
+    if name == "bccd":
+        assert codes(data)["data.degenerate"] == 1
+
+
+def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
+    data = open_dataset(real_data / "dice", "val")
+    part = data.subset([7, 2])
+    assert part.files == (data.files[7], data.files[2])
+    assert np.array_equal(part.boxes[part.rows(1)], data.boxes[data.rows(2)])
+    assert np.array_equal(part.annotation_ids[part.rows(0)], data.annotation_ids[data.rows(7)])
+    assert len(data.subset([])) == 0
