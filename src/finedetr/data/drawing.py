@@ -8,7 +8,6 @@ set begins with the shorter one.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -149,12 +148,14 @@ def _write_split(
     """The pictures of one split, then its annotation file: a set that is cut short has none."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for stale in (folder / split).glob("*.jpg"):
-        stale.unlink()
+    path = folder / "annotations" / f"instances_{split}.json"
+    for stale in (path, *(folder / split).glob("*.jpg")):
+        stale.unlink(missing_ok=True)
     for index in range(count):
         drawing = draw_picture(np.random.default_rng([*seed, index]), size, classes)
         name = f"{index + 1:06d}.jpg"
-        _save(folder / split / name, drawing.image)
+        # without chroma subsampling color edges stay where the boxes say they are
+        Image.fromarray(drawing.image).save(folder / split / name, quality=92, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
         columns = (drawing.labels.tolist(), drawing.boxes.tolist(), drawing.areas.tolist())
         for label, (left, top, right, bottom), area in zip(*columns, strict=True):
@@ -176,16 +177,8 @@ def _write_split(
         "annotations": annotations,
         "categories": [{"id": number, "name": name, "supercategory": "shape"} for number, name in categories],
     }
-    path = folder / "annotations" / f"instances_{split}.json"
     path.with_suffix(".part").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     os.replace(path.with_suffix(".part"), path)
-
-
-def _save(path: Path, image: NDArray[np.uint8]) -> None:
-    """JPEG without chroma subsampling: color edges stay where the boxes say they are."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="JPEG", quality=92, subsampling=0)
-    path.write_bytes(stream.getvalue())
 
 
 @dataclass
