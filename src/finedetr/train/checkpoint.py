@@ -17,7 +17,7 @@ from torch import Tensor
 from finedetr._version import __version__
 from finedetr.errors import ModelError, RunError
 
-__all__ = ["load_state", "save_state", "write_atomically"]
+__all__ = ["link_state", "load_state", "save_state", "write_atomically"]
 
 FORMAT = 1
 
@@ -77,6 +77,19 @@ def save_state(path: str | Path, state: dict[str, Any]) -> Path:
         _check_readable(Path(file.name))
 
     return write_atomically(Path(path), write)
+
+
+def link_state(source: Path, target: Path) -> Path:
+    """Gives a complete state a second name, atomically, without writing it twice where the file system can link."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        write_atomically(target, lambda file: file.write(source.read_bytes()))
+    return target
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

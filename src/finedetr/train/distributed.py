@@ -43,30 +43,13 @@ class World:
         distributed.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def any(self, *flags: float) -> list[float]:
-        """The largest of each value over all processes: what one wants, all do (stopping, for one)."""
+    def largest(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes: what one of them wants, all do (such as stopping)."""
         if self.size == 1:
-            return list(flags)
-        tensor = torch.tensor(flags, dtype=torch.float64, device=self.device)
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return [float(value) for value in tensor.tolist()]
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every process, in order of rank, on the main process; an empty list elsewhere."""
-        if self.size == 1:
-            return [data]
-        length = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        length[self.rank] = len(data)
-        distributed.all_reduce(length)
-        lengths = [int(n) for n in length.tolist()]
-        own = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=self.device)
-        if data:
-            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-        parts = [torch.empty_like(own) for _ in lengths]
-        distributed.all_gather(parts, own)
-        if not self.main:
-            return []
-        return [part[:length].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
     def wait(self) -> None:
         """Until every process has come here."""

@@ -31,11 +31,8 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: float = 1000.0) -> None:
-        if not 0 <= decay < 1 or warmup < 0:
-            raise ConfigError(
-                f"a moving average needs a decay in [0, 1) and a warm-up of at least 0, got {decay}, {warmup}"
-            )
-        self.decay, self.warmup, self.updates = float(decay), float(warmup), 0
+        self.updates = 0
+        self.retune(decay, warmup)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._own_float, self._own_other = _state(self.model)
         self._float, self._other = _state(model)
@@ -50,11 +47,15 @@ class MovingAverage:
             own.copy_(other)
         return decay
 
+    def retune(self, decay: float, warmup: float) -> None:
+        """Another memory, for a run whose length has changed; the ramp goes on where it is."""
+        if not 0 <= decay < 1 or warmup < 0:
+            raise ConfigError(f"a moving average needs a decay in [0, 1) and a warm-up from 0, got {decay}, {warmup}")
+        self.decay, self.warmup = float(decay), float(warmup)
+
     def restart(self, decay: float) -> None:
         """Goes on with another decay, without a ramp (the published restarts set one, but never used it; spec 4.7)."""
-        if not 0 <= decay < 1:
-            raise ConfigError(f"a moving average needs a decay in [0, 1), got {decay}")
-        self.decay, self.warmup = float(decay), 0.0
+        self.retune(decay, 0.0)
 
     def state_dict(self) -> dict[str, object]:
         """Weights and counters, in plain types."""

@@ -127,8 +127,13 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """COCO results of the last evaluation, in original ids."""
+        """COCO results of the best weights, in original ids."""
         return self.root / "predictions_val.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The numbers of the best weights."""
+        return self.root / "evaluation.json"
 
     def write_json(self, path: Path, document: object) -> None:
         """Writes a document atomically, indented for readers."""

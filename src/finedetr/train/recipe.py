@@ -149,7 +149,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Saving:
-    """When the resume state is written; always after an evaluation, and when the run is interrupted."""
+    """When the resume state is written; always after an epoch, and when the run is interrupted."""
 
     seconds: float = 300.0
     """At least so often."""
@@ -221,6 +221,8 @@ class Recipe:
     """Compile the detector with torch.compile."""
     channels_last: bool = False
     """Keep feature maps with the channels last in memory."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
     sync_norms: bool = True
     """With several GPUs: batch norms see the pictures of all of them."""
 
@@ -234,7 +236,14 @@ class Recipe:
                     code="size",
                     hint=f"The nearest legal ones are {low} and {low + stride}.",
                 )
-        for name, least in (("epochs", 1), ("accumulate", 1), ("patience", 0), ("max_time", 0), ("seed", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("accumulate", 1),
+            ("patience", 0),
+            ("max_time", 0),
+            ("seed", 0),
+            ("log_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: at least {least} is wanted, {getattr(self, name)} came", code="range")
         if self.batch is not None and (self.batch < 1 or self.batch % self.accumulate):

@@ -1,0 +1,392 @@
+"""The loop: epochs of steps, an evaluation of the moving average after each, and a state on disk at all times."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finedetr.data.dataset import Dataset
+from finedetr.data.device import OnDevice
+from finedetr.data.loader import TrainingLoader
+from finedetr.errors import UsageError
+from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.predictor import evaluate_detector
+from finedetr.records import Batch
+from finedetr.train.build import build_student
+from finedetr.train.checkpoint import link_state, load_state, save_state
+from finedetr.train.distributed import World
+from finedetr.train.folder import RunFolder
+from finedetr.train.interrupt import Interruption
+from finedetr.train.keep import Keeper
+from finedetr.train.log import Reporter, Stopwatch
+from finedetr.train.plan import Plan, epochs_in_time, share_of
+from finedetr.train.recipe import Recipe
+from finedetr.train.schedule import apply_rate
+from finedetr.train.state import Progress, capture, restore
+from finedetr.train.step import Source, StepReport, generator_for
+
+__all__ = ["Data", "Result", "Run"]
+
+PROBE = 12  # steps after which a time budget is first held against the speed
+WARMING = 2  # steps at the beginning of a process that say nothing about the speed
+MARGIN = 0.97  # of a time budget is planned for
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a run."""
+
+    train: Dataset
+    val: Dataset | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with."""
+
+    folder: Path
+    evaluation: Evaluation | None  # of the best weights
+    epochs: int
+    steps: int
+    seconds: float
+
+
+class Run:
+    """One training, from its first step or from a saved one.
+
+    Args:
+        recipe: Resolved.
+        data: Training pictures, and those for evaluation.
+        folder: Where everything goes.
+        world: This process among the others.
+        reporter: Who says what happens.
+        weights: Start from these instead of random numbers.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        folder: RunFolder,
+        world: World,
+        reporter: Reporter,
+        weights: Path | None = None,
+    ) -> None:
+        self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
+        self.watch = Stopwatch()
+        self.saved_at = time.monotonic()
+        self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
+        self.out_of_time = False
+        self.last_ap = -1.0
+        self.loader: TrainingLoader | None = None
+        self.plan = Plan(recipe, recipe.epochs, 1)
+        self._plan_for(recipe.epochs)
+        self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
+        self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights)
+        self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
+
+    def _plan_for(self, epochs: int) -> None:
+        """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
+        recipe, windows = self.recipe, self.recipe.schedule.windows(epochs)
+        if self.loader is None or windows != self.plan.windows:
+            self.close()
+            share = share_of(recipe.batch or 1, self.world.size, recipe.accumulate)
+            self.loader = TrainingLoader(
+                self.data.train,
+                recipe.augmentation,
+                windows,
+                recipe.size,
+                share,
+                workers_for(recipe),
+                recipe.seed,
+                self.world.rank,
+                self.world.size,
+            )
+            self.on_device = OnDevice(
+                recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std
+            )
+        self.plan = Plan(recipe, epochs, self.loader.steps)
+        self.rates = self.plan.rates
+
+    def close(self) -> None:
+        """Ends the processes that read pictures."""
+        if self.loader is not None:
+            self.loader.close()
+            self.loader = None
+
+    # ---------------------------------------------------------------------------------------------------- the state
+
+    def resume(self) -> None:
+        """Goes on from the saved state of the folder, exactly.
+
+        Raises:
+            ModelError: There is none, or it belongs to another run.
+            UsageError: The run has come to its end.
+        """
+        state = load_state(self.folder.last)
+        self._restore(state)
+        p = self.progress
+        if p.epoch >= p.epochs:
+            raise UsageError(
+                f"{self.folder.root} has done all of its {p.epochs} epochs",
+                code="finished",
+                hint="Give it more with --epochs, or start another run from its weights with --weights.",
+            )
+        if self.world.main:
+            self.folder.rewind(step=p.total, epoch=p.epoch)
+        self.world.wait()
+        self.reporter.line(f"resumed at epoch {p.epoch + 1} of {p.epochs}, step {p.step} of {p.steps}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        s = self.student
+        self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler)
+        changed = p.limit != self.recipe.epochs
+        if changed:  # the user asks for more or fewer epochs than the run was begun with
+            p.epochs = p.limit = self.recipe.epochs
+        self._plan_for(p.epochs)
+        p.steps = self.plan.steps
+        if changed:
+            self._retune()
+
+    def _retune(self) -> None:
+        """The memory of the moving average follows the length of the run."""
+        if self.progress.restarts == 0:
+            self.student.average.retune(self.plan.decay, self.plan.ramp)
+
+    def _save(self) -> None:
+        if self.world.main:
+            save_state(self.folder.last, self._state())
+        self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        s = self.student
+        categories = self.data.train.categories
+        state = capture(self.progress, s.detector, s.average, s.optimizer, s.updater.scaler)
+        return {
+            **state,
+            "config": self.folder.read_json(self.folder.config),
+            "classes": {"ids": list(categories.ids), "names": list(categories.names)},
+        }
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> Result:
+        """Runs to the end, or until somebody asks to stop.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came; everything is saved.
+            DivergedError: A loss or gradient is not finite; names the term, the stage and the pictures.
+        """
+        p = self.progress
+        interruption = Interruption()
+        self._status("running")
+        try:
+            with interruption:
+                while p.epoch < p.epochs and not self.out_of_time and not self._patience_is_over():
+                    if p.step == 0 and p.restarts == 0 and self.plan.restarts_at(p.epoch):
+                        self._restart()
+                    self._epoch(interruption)
+                    if p.step >= p.steps or self.out_of_time:
+                        self._end_epoch()
+                    self._stop_if_asked(interruption)
+        except BaseException as error:
+            self._status("interrupted" if interruption.requested else "failed", str(error))
+            raise
+        finally:
+            self.close()
+            self.reporter.stop()
+        self._status("finished")
+        return Result(self.folder.root, self.keeper.best, p.epoch, p.total, p.seconds)
+
+    def _epoch(self, interruption: Interruption) -> None:
+        """Steps until the epoch is over, somebody asks to stop, or the plan changes."""
+        p, s, recipe = self.progress, self.student, self.recipe
+        assert self.loader is not None
+        objective = recipe.objective_at(p.epoch)
+        s.train()
+        self.watch.lap("between")
+        for batch in self.loader.epoch(p.epoch, first_step=p.step):
+            p.seconds += self.watch.lap("data")
+            rate = apply_rate(s.optimizer, self.rates.factor(p.total + 1))
+            images, targets = self.on_device(batch, epoch=p.epoch, step=p.step)
+            if p.step == 0 and self.world.main:
+                self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
+            report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
+            p.step += 1
+            p.total += 1
+            p.seconds += self.watch.lap("step")
+            self._tell(report, rate, batch)
+            if self._wants_to_leave(interruption):
+                return
+
+    def _sources(self) -> tuple[Source, ...]:
+        """Where query groups come from in this step."""
+        p, recipe = self.progress, self.recipe
+        if not recipe.denoise:
+            return ()
+        generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
+        classes = len(self.data.train.categories)
+        return (partial(recipe.denoising, classes=classes, generator=generator),)
+
+    def _wants_to_leave(self, interruption: Interruption) -> bool:
+        """Saves when it is time to; says whether the epoch has to be left before its end. The same on all processes."""
+        p, saving = self.progress, self.recipe.saving
+        due = (saving.steps > 0 and p.total % saving.steps == 0) or time.monotonic() - self.saved_at >= saving.seconds
+        stop, save, seconds = self.world.largest([float(interruption.requested), float(due), p.seconds])
+        if save and p.step < p.steps:  # at the end of an epoch it is saved anyway
+            self._save()
+        if stop:
+            interruption.requested = int(stop)
+            return True
+        return self._time_changes_the_plan(seconds)
+
+    def _stop_if_asked(self, interruption: Interruption) -> None:
+        if interruption.requested:
+            self._save()
+            raise interruption.error(f"Go on with: finedetr train --resume {self.folder.root}")
+
+    def _patience_is_over(self) -> bool:
+        patience, p = self.recipe.patience, self.progress
+        if patience and p.stale >= patience:
+            self.reporter.line(f"stopped: {p.stale} evaluations without a better AP than {p.best:.4f}")
+            return True
+        return False
+
+    # -------------------------------------------------------------------------------------------------- time budgets
+
+    def _time_changes_the_plan(self, seconds: float) -> bool:
+        """Whether the epoch must be left: the budget is spent, or the first steps show that fewer epochs fit."""
+        budget, p = self.recipe.max_time * MARGIN, self.progress
+        if not budget:
+            return False
+        if self.probe is None and p.total >= WARMING:
+            self.probe = (p.total, seconds)
+        if seconds + p.evaluating > budget and p.step < p.steps:
+            self.out_of_time = True
+            self.reporter.line("the time budget is spent: the run ends here")
+            return True
+        if p.total == PROBE and self.probe is not None:
+            each = (seconds - self.probe[1]) / max(PROBE - self.probe[0], 1)
+            pictures = 0 if self.data.val is None else len(self.data.val)
+            # until one was measured: an evaluation costs about a third of a step for each picture
+            evaluation = each * pictures / (3 * (self.recipe.batch or 1)) / self.recipe.evaluating.every
+            return self._shorten(epochs_in_time(p.limit, 1.0, each * p.steps + evaluation, budget))
+        return False
+
+    def _shorten(self, epochs: int) -> bool:
+        """Plans for another number of epochs; whether the loader had to change for it."""
+        p = self.progress
+        if epochs == p.epochs:
+            return False
+        before = self.plan.windows
+        p.epochs = epochs
+        self._plan_for(epochs)
+        self._retune()
+        self.reporter.line(f"{epochs} epochs fit into {self.recipe.max_time:g} seconds; the schedule follows")
+        return self.plan.windows != before
+
+    # ------------------------------------------------------------------------------------------------- between epochs
+
+    def _end_epoch(self) -> None:
+        """Evaluates, keeps what is best, plans anew, saves."""
+        p = self.progress
+        better, evaluated = False, self.plan.evaluates_after(p.epoch) or self.out_of_time
+        if evaluated:
+            self.watch.lap("between")
+            better = self._evaluate()
+            p.evaluating = self.watch.lap("evaluation")
+            p.seconds += p.evaluating
+        p.epoch, p.step = p.epoch + 1, 0
+        if self.recipe.max_time and p.epoch < p.epochs:
+            (seconds,) = self.world.largest([p.seconds])
+            limit = p.limit if p.done < p.epochs / 2 else p.epochs  # late in the run only shorter
+            self._shorten(epochs_in_time(limit, p.done, seconds, self.recipe.max_time * MARGIN))
+        if evaluated and p.restarts:
+            self._judge_restart()
+        if self.world.main and better:  # the best first: a crash in between leaves a state that does it again
+            save_state(self.folder.best, self._state())
+            link_state(self.folder.best, self.folder.last)
+            self.saved_at = time.monotonic()
+        else:
+            self._save()
+        self.world.wait()
+
+    def _evaluate(self) -> bool:
+        """Measures the moving average; whether it is the best so far."""
+        p, recipe, data = self.progress, self.recipe, self.data
+        detector = self.student.average.model
+        if data.val is None:
+            if self.world.main:
+                self.keeper.unmeasured(detector, p)
+            return True
+        evaluation, evaluator = evaluate_detector(
+            detector,
+            data.val,
+            recipe.size,
+            recipe.evaluating.batch or max((recipe.batch or 1) // self.world.size, 1),
+            workers_for(recipe),
+            self.world.device,
+            self.world.rank,
+            self.world.size,
+            recipe.mean,
+            recipe.std,
+            max_detections=recipe.evaluating.max_detections,
+            names=data.train.categories.names,
+        )
+        better = evaluation.ap > p.best or p.best <= 0  # as long as nothing is found, the latest is the best
+        p.stale = 0 if better else p.stale + 1
+        if better:
+            p.best, p.best_epoch = evaluation.ap, p.epoch
+        if self.world.main:
+            self.keeper.evaluation(detector, evaluation, evaluator, p, better=better)
+        self.last_ap = evaluation.ap
+        return better
+
+    def _restart(self) -> None:
+        """Brings back the best weights, optimizer and average, for the part without strong augmentation (spec 4.7).
+
+        The moving average then forgets faster, a little more with each restart. In the official code that number had
+        no effect, and a run whose best state was missing crashed; here it goes on with what it has.
+        """
+        p, s = self.progress, self.student
+        if p.restarts == 0 and self.world.main and self.folder.best.is_file():
+            link_state(self.folder.best, self.folder.restart)
+        self.world.wait()
+        p.restarts += 1
+        if self.folder.restart.is_file():
+            restore(load_state(self.folder.restart), s.detector, s.average, s.optimizer, s.updater.scaler)
+            self.reporter.line(f"epoch {p.epoch + 1}: back to the best weights (restart {p.restarts})")
+        else:
+            self.reporter.warn(f"no state at {self.folder.restart}: the plain epochs go on from the current weights")
+        s.average.restart(self.recipe.average.decay_after(p.restarts, self.plan.total))
+        p.since_restart = p.best if p.restarts == 1 else -1.0
+
+    def _judge_restart(self) -> None:
+        """After a plain epoch that is no better than the best since the last restart, begins again from there."""
+        p = self.progress
+        if self.last_ap > p.since_restart:
+            p.since_restart = self.last_ap
+        elif p.epoch < p.epochs:
+            self._restart()
+
+    # --------------------------------------------------------------------------------------------------- what is said
+
+    def _status(self, state: str, message: str = "") -> None:
+        if self.world.main:
+            self.keeper.status(state, self.progress, message)
+
+    def _tell(self, report: StepReport, rate: float, batch: Batch) -> None:
+        p = self.progress
+        if self.world.main:
+            self.keeper.step(p, report, rate, self.watch, pictures=len(batch.names) * self.world.size)
+
+
+def workers_for(recipe: Recipe) -> int:
+    """Processes that read pictures: as asked, or up to 4 and one less than there are cores."""
+    if recipe.workers is not None:
+        return recipe.workers
+    return max(1, min(4, (os.cpu_count() or 1) - 1))

@@ -1,0 +1,86 @@
+"""What a recipe means for a run of so many epochs and steps; and how a time budget makes it shorter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finedetr.data.transforms import Windows
+from finedetr.errors import ConfigError
+from finedetr.train.recipe import Recipe
+from finedetr.train.schedule import Curve
+
+__all__ = ["Plan", "epochs_in_time", "share_of"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lengths of one run: all of them follow from the recipe, the planned epochs and the steps of an epoch."""
+
+    recipe: Recipe
+    epochs: int
+    steps: int  # of an epoch
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.epochs * self.steps
+
+    @property
+    def windows(self) -> Windows:
+        """Epochs at which the augmentation changes."""
+        return self.recipe.schedule.windows(self.epochs)
+
+    @property
+    def rates(self) -> Curve:
+        """The curve of the learning rate."""
+        return self.recipe.schedule.rates(self.epochs, self.steps)
+
+    @property
+    def decay(self) -> float:
+        """Of the moving average."""
+        return self.recipe.average.decay_for(self.total)
+
+    @property
+    def ramp(self) -> float:
+        """Of the moving average."""
+        return self.recipe.average.ramp_for(self.total)
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) is followed by an evaluation."""
+        return (epoch + 1) % self.recipe.evaluating.every == 0 or epoch + 1 >= self.epochs
+
+    def restarts_at(self, epoch: int) -> bool:
+        """Whether an epoch is the first one without strong augmentation, before which the best weights come back."""
+        return self.recipe.schedule.restart and 0 < epoch == self.windows.plain_from < self.epochs
+
+
+def share_of(batch: int, processes: int, accumulate: int) -> int:
+    """Pictures of one process in a step.
+
+    Raises:
+        ConfigError: The batch cannot be divided; the message names batches that can.
+    """
+    parts = processes * accumulate
+    if batch % parts:
+        low = max(batch // parts * parts, parts)
+        raise ConfigError(
+            f"batch {batch} cannot be divided among {processes} processes with {accumulate} parts each",
+            code="range",
+            hint=f"The nearest batches that can are {low} and {low + parts}.",
+        )
+    return batch // processes
+
+
+def epochs_in_time(planned: int, done: float, spent: float, budget: float) -> int:
+    """How many epochs fit into a budget of seconds, at the speed so far; from `done` epochs up to `planned`.
+
+    Args:
+        planned: The most there may be.
+        done: Epochs done, with the part of the one that is going on.
+        spent: Seconds for these, evaluations included.
+        budget: Seconds for the whole run.
+    """
+    if done <= 0 or spent <= 0:
+        return planned
+    return max(1, math.ceil(done - 1e-9), min(planned, math.floor(budget / spent * done)))

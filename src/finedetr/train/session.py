@@ -1,0 +1,257 @@
+"""From a request (data, recipe, folder) to a run that has ended: what `finedetr train` and `finedetr.train` share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finedetr._version import __version__
+from finedetr.data.formats import list_splits, open_dataset
+from finedetr.errors import ConfigError, DataError, UsageError
+from finedetr.train.config import flatten, from_dict, to_dict
+from finedetr.train.distributed import World, open_world
+from finedetr.train.folder import RunFolder
+from finedetr.train.log import Reporter
+from finedetr.train.loop import Data, Result, Run
+from finedetr.train.plan import share_of
+from finedetr.train.recipe import Recipe
+
+__all__ = ["Request", "begin", "open_data", "resume", "saved_recipe"]
+
+FREE = ("epochs", "workers", "patience", "max_time", "log_every", "evaluating.", "saving.")
+"""What a resumed run may change: nothing of it touches the weights of a step that is done."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `recipe` need not be resolved."""
+
+    data: Path
+    recipe: Recipe
+    out: Path
+    weights: Path | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    layout: str | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def open_data(path: Path, train: str = "train", val: str = "val", layout: str | None = None) -> Data:
+    """Both splits of a data set. Without the one for evaluation a run goes on unmeasured.
+
+    Raises:
+        DataError: The data cannot be used, or the splits name different classes.
+    """
+    training = open_dataset(path, train, layout=layout)
+    if not len(training):
+        raise DataError(f"{path}: the split {train!r} has no pictures", code="empty_split")
+    splits = list_splits(path, layout)
+    if val not in splits and not (val == "val" and {"valid", "validation"} & set(splits)):
+        if val != "val":
+            raise DataError(f"{path} has no split {val!r}", code="split", hint=f"It has {', '.join(splits)}.")
+        return Data(training, None)
+    held_out = open_dataset(path, val, layout=layout)
+    if held_out.categories != training.categories:
+        ours, theirs = training.categories.names, held_out.categories.names
+        odd = sorted(set(ours) ^ set(theirs)) or ["their order or their ids"]
+        raise DataError(
+            f"{path}: {train} has the classes {', '.join(ours[:5])} ..., {val} has {', '.join(theirs[:5])} ...: "
+            f"they differ in {', '.join(odd[:5])}",
+            code="class_names",
+            hint="Give both splits the same categories, in the same order.",
+        )
+    if not len(held_out.labels):
+        raise DataError(f"{path}: the split {val!r} has no boxes, so AP is undefined", code="empty_split")
+    return Data(training, held_out)
+
+
+def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> Result:
+    """Trains from the first step.
+
+    Args:
+        request: What is asked for.
+        tell: Says more at the start, such as where the numbers come from.
+    """
+    with open_world(request.device) as world:
+        data = open_data(request.data, request.train_split, request.val_split, request.layout)
+        recipe = request.recipe.resolve(len(data.train))
+        share_of(recipe.batch or 1, world.size, recipe.accumulate)
+        folder = RunFolder(request.out)
+        if world.main:
+            folder = RunFolder.create(request.out, overwrite=request.overwrite)
+            _write_config(folder, request, recipe, data)
+        world.wait()
+        with Reporter(folder.log if world.main else None, quiet=request.quiet or not world.main) as reporter:
+            _introduce(reporter, data, world, folder)
+            reporter.line(request.recipe.why_batch(recipe, len(data.train)))
+            reporter.line(request.recipe.why_rate(recipe))
+            if tell:
+                tell(reporter)
+            run = Run(recipe, data, folder, world, reporter, request.weights)
+            if run.student.transfer is not None:
+                for what, name in run.student.transfer.rows():
+                    reporter.line(f"weights: {what:8} {name}")
+            return _through(run, reporter)
+
+
+def resume(
+    root: Path,
+    recipe: Recipe | None = None,
+    *,
+    data: Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Result:
+    """Goes on with a run where its last state stands.
+
+    Args:
+        root: The run's folder.
+        recipe: With other numbers where they are free to change; None: as it was.
+        data: Where the data set is now; None: where it was.
+        device: As in `begin`.
+        quiet: As in `begin`.
+
+    Raises:
+        ModelError: The folder holds no run, or no state of it.
+        UsageError: The run has ended, or `recipe` changes what must not change.
+    """
+    folder = RunFolder.existing(root)
+    saved, where = saved_recipe(folder)
+    recipe = recipe or saved
+    check_changes(saved, recipe)
+    with open_world(device) as world:
+        splits = (str(where["train"]), str(where["val"]))
+        opened = open_data(data or Path(where["path"]), *splits, where["layout"])
+        check_classes(folder, opened)
+        with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
+            _introduce(reporter, opened, world, folder)
+            run = Run(recipe, opened, folder, world, reporter)
+            try:
+                run.resume()
+            except BaseException:
+                run.close()
+                raise
+            if world.main and recipe != saved:
+                folder.write_json(folder.config, {**folder.read_json(folder.config), "recipe": to_dict(recipe)})
+            return _through(run, reporter)
+
+
+def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a run, and where its data was."""
+    document = folder.read_json(folder.config)
+    try:
+        recipe, data = document["recipe"], document["data"]
+        wanted = {key: data[key] for key in ("path", "train", "val", "layout")}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
+    return from_dict(recipe, str(folder.config)), wanted
+
+
+def check_changes(saved: Recipe, wanted: Recipe) -> None:
+    """Refuses to go on with a recipe that differs in more than may change.
+
+    Raises:
+        UsageError: Lists what differs.
+    """
+    before, after = flatten(to_dict(saved)), flatten(to_dict(wanted))
+    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    fixed = [key for key in differing if not key.startswith(FREE)]
+    if fixed:
+        changes = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in fixed[:5])
+        raise UsageError(
+            f"a resumed run keeps its recipe; these differ: {changes}",
+            code="conflict",
+            hint=f"Free to change: {', '.join(name.rstrip('.') for name in FREE)}. Or start anew with --weights.",
+        )
+
+
+def check_classes(folder: RunFolder, data: Data) -> None:
+    """Refuses to go on with other classes.
+
+    Raises:
+        DataError: The data set has changed.
+    """
+    table = folder.read_json(folder.classes)
+    now = _class_table(data)
+    if table != now:
+        raise DataError(
+            f"the data set's classes are no longer those of {folder.classes}",
+            code="class_names",
+            hint="Start a new run.",
+        )
+
+
+def _through(run: Run, reporter: Reporter) -> Result:
+    result = run.train()
+    if result.evaluation is not None:
+        reporter.line(f"best AP {result.evaluation.ap:.4f}  AP50 {result.evaluation.ap50:.4f}")
+    reporter.line(f"weights: {run.folder.best_weights}")
+    return result
+
+
+def _introduce(reporter: Reporter, data: Data, world: World, folder: RunFolder) -> None:
+    """The data, the classes and the device, so that a mistake is seen before it costs a night."""
+    train, val = data.train, data.val
+    reporter.line(f"finedetr {__version__}  {world.size} process(es) on {world.device}  run {folder.root}")
+    reporter.line(f"data: {train.evidence}")
+    held_out = f"{val.split}: {len(val)} pictures, {len(val.labels)} boxes" if val else "no split for evaluation"
+    reporter.line(f"data: {train.split}: {len(train)} pictures, {len(train.labels)} boxes; {held_out}")
+    table = [
+        f"{i} -> {n} {name}"
+        for n, (i, name) in enumerate(zip(train.categories.ids, train.categories.names, strict=True))
+    ]
+    shown = ", ".join(table[:10]) + (f" ... ({len(table)} classes)" if len(table) > 10 else "")
+    reporter.line(f"classes (id -> index name): {shown}")
+    for split in (train, val):
+        for note in split.notes if split else ():
+            (reporter.warn if note.level == "warn" else reporter.line)(str(note))
+    if val is None:
+        reporter.warn("there is no split for evaluation: the last weights count as the best")
+
+
+def _class_table(data: Data) -> list[dict[str, Any]]:
+    categories = data.train.categories
+    return [
+        {"id": identity, "index": index, "name": name}
+        for index, (identity, name) in enumerate(zip(categories.ids, categories.names, strict=True))
+    ]
+
+
+def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Data) -> None:
+    """All that is needed to repeat the run, before its first step."""
+    asked = flatten(to_dict(replace(request.recipe, batch=request.recipe.batch, lr=request.recipe.lr)))
+    document = {
+        "finedetr": __version__,
+        "command": sys.argv[1:],
+        "data": {
+            "path": str(Path(request.data).resolve()),
+            "train": request.train_split,
+            "val": request.val_split,
+            "layout": request.layout,
+            "pictures": len(data.train),
+        },
+        "weights": str(request.weights) if request.weights else None,
+        "derived": sorted(k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v),
+        "recipe": to_dict(recipe),
+    }
+    folder.write_json(folder.config, document)
+    folder.write_json(folder.classes, _class_table(data))
+    notes = [
+        {
+            "split": split.split,
+            "code": n.code,
+            "level": n.level,
+            "message": n.message,
+            "where": list(n.where),
+            "count": n.count,
+        }
+        for split in (data.train, data.val)
+        if split is not None
+        for n in split.notes
+    ]
+    folder.write_json(folder.root / "data_report.json", notes)

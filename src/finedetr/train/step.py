@@ -1,0 +1,206 @@
+"""One step of training: what the student answers, what it costs, and the update that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from finedetr.errors import DivergedError, UsageError
+from finedetr.records import QueryGroup, Targets
+from finedetr.supervise.objective import Losses, Objective
+from finedetr.train.distributed import World
+from finedetr.train.ema import MovingAverage
+
+__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "parts_of", "step"]
+
+Source = Callable[[Targets], QueryGroup]
+NOISE = 3  # the stream of random numbers, beside those of the loader
+OVERFLOWS = 50  # so many fp16 steps in a row without finite gradients end a run
+
+
+def step(
+    student: nn.Module,
+    images: Float[Tensor, "B 3 H W"],
+    targets: Targets,
+    sources: tuple[Source, ...],
+    objective: Objective,
+    precision: Precision,
+) -> Losses:
+    """One batch, seen by the student beside the query groups of all sources, and judged by the objective."""
+    extra = tuple(source(targets) for source in sources)
+    with precision.forward():
+        output = student(images, extra)
+    return objective(output, targets)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what numbers the forward pass runs. Losses are always fp32."""
+
+    name: str
+    device: torch.device
+
+    @classmethod
+    def choose(cls, wanted: str, device: torch.device) -> Precision:
+        """Resolves `auto`: bf16 where the GPU computes in it, fp16 on older ones, fp32 elsewhere.
+
+        Raises:
+            UsageError: fp16 on a CPU, whose range is too small without a loss scaler that CPUs lack.
+        """
+        if wanted == "auto":
+            if device.type != "cuda":
+                wanted = "fp32"
+            else:
+                wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if wanted == "fp16" and device.type != "cuda":
+            raise UsageError(
+                f"fp16 training needs a CUDA device, this run is on {device}",
+                code="conflict",
+                hint="Use --precision bf16 or fp32.",
+            )
+        return cls(wanted, device)
+
+    def forward(self) -> AbstractContextManager[object]:
+        """The context of the forward pass."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss in fp16, and does nothing otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did, as numbers."""
+
+    losses: dict[str, float]
+    gradient: float  # norm before clipping
+
+    @property
+    def loss(self) -> float:
+        """What was minimized."""
+        return sum(self.losses.values())
+
+
+class Updater:
+    """Backward, clipping, optimizer and moving average: the part of a step that changes weights."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: MovingAverage,
+        precision: Precision,
+        world: World,
+        clip: float,
+    ) -> None:
+        self.student, self.optimizer, self.average = student, optimizer, average
+        self.precision, self.world, self.clip = precision, world, clip
+        self.scaler = precision.scaler()
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.overflows = 0
+
+    def __call__(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        targets: Targets,
+        names: tuple[str, ...],
+        sources: tuple[Source, ...],
+        objective: Objective,
+        accumulate: int = 1,
+    ) -> StepReport:
+        """One update of the weights from one batch, worked off in `accumulate` parts.
+
+        Each part weighs as much as it has targets, over all processes, so that the sum over parts is what the whole
+        batch gives, up to the norms' statistics and the union over stages.
+
+        Raises:
+            DivergedError: A loss or gradient is not finite; nothing was changed.
+        """
+        parts = parts_of(images, targets, names, accumulate)
+        counts = self.world.total([float(len(part.targets)) for part in parts]) if len(parts) > 1 else [1.0]
+        floor = float(self.world.size)  # the objective divides by one target a process at least
+        total: dict[str, float] = {}
+        for index, part in enumerate(parts):
+            share = max(counts[index], floor) / max(sum(counts), floor) if len(parts) > 1 else 1.0
+            with self._no_sync(last=index == len(parts) - 1):
+                losses = step(self.student, part.images, part.targets, sources, objective, self.precision)
+                self.scaler.scale(losses.total * share).backward()
+            for name, value in losses.by_name(part.names).items():
+                total[name] = total.get(name, 0.0) + share * value
+        return StepReport(total, self._update(names))
+
+    def _update(self, names: tuple[str, ...]) -> float:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.clip if self.clip > 0 else float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
+        finite = np.isfinite(norm)
+        if not finite and self.precision.name != "fp16":
+            self.optimizer.zero_grad(set_to_none=True)
+            raise DivergedError(
+                f"the gradient's norm is {norm}, all losses are finite; pictures: {', '.join(names[:8])}",
+                code="diverged",
+                hint="A lower learning rate, or a look at the named pictures helps most often.",
+            )
+        self.overflows = 0 if finite else self.overflows + 1
+        if self.overflows > OVERFLOWS:
+            raise DivergedError(
+                f"{OVERFLOWS} steps in a row overflowed in fp16", code="diverged", hint="Use --precision bf16 or fp32."
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.average.update()
+        return norm
+
+    def _no_sync(self, *, last: bool) -> AbstractContextManager[object]:
+        """Gradients travel between processes once, with the last part."""
+        if isinstance(self.student, DistributedDataParallel) and not last:
+            return self.student.no_sync()
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a batch."""
+
+    images: Tensor
+    targets: Targets
+    names: tuple[str, ...]
+
+
+def parts_of(
+    images: Float[Tensor, "B 3 H W"], targets: Targets, names: tuple[str, ...], parts: int
+) -> tuple[Part, ...]:
+    """A batch cut into equal parts, picture after picture; the targets of each part count their pictures from 0."""
+    if parts == 1:
+        return (Part(images, targets, names),)
+    size = len(targets.counts) // parts
+    starts = (*targets.starts, len(targets))
+    cut = []
+    for first in range(0, size * parts, size):
+        rows = slice(starts[first], starts[first + size])
+        own = Targets(
+            targets.labels[rows],
+            targets.boxes[rows],
+            targets.image[rows] - first,
+            targets.counts[first : first + size],
+        )
+        cut.append(Part(images[first : first + size], own, names[first : first + size]))
+    return tuple(cut)
+
+
+def generator_for(seed: int, epoch: int, number: int, rank: int, device: torch.device) -> torch.Generator:
+    """The random numbers of a step of a process: a function of its place in the run, so that resuming repeats them."""
+    word = np.random.SeedSequence((seed, epoch, number, rank, NOISE)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(int(word >> np.uint64(1)))
