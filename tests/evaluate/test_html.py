@@ -95,6 +95,9 @@ def test_charts_of_nothing_one_point_and_a_constant() -> None:
     assert "<polyline" in line_chart("one", [Curve("a", [3], [7])])
     constant = line_chart("constant", [Curve("a", [1, 2, 3], [0, 0, 0])], floor=0)
     assert "nan" not in constant
+    small = line_chart("a constant rate", [Curve("lr", [1, 2], [1e-4, 1e-4])], floor=0)
+    heights = [float(point.split(",")[1]) for point in re.findall(r'points="([^"]+)"', small)[0].split()]
+    assert 14 < heights[0] < 150  # in the upper half, not on the floor
     points = re.search(r'points="([^"]+)"', line_chart("long", [Curve("a", range(5000), range(5000))]))
     assert points
     assert len(points[1].split()) == 400

@@ -106,8 +106,10 @@ def _thinned(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From the least to the largest; around a constant as wide as it is large."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    half = abs(low) / 2 or 0.5
+    return (low, high) if high > low else (low - half, high + half)
 
 
 def _ticks(low: float, high: float) -> list[float]:
