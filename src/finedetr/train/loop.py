@@ -226,9 +226,9 @@ class Run:
     def _sources(self) -> tuple[Source, ...]:
         """Where query groups come from in this step."""
         p, recipe = self.progress, self.recipe
+        generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
         if not recipe.denoise:
             return ()
-        generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
         classes = len(self.data.train.categories)
         return (partial(recipe.denoising, classes=classes, generator=generator),)
 

@@ -202,5 +202,6 @@ def parts_of(
 
 def generator_for(seed: int, epoch: int, number: int, rank: int, device: torch.device) -> torch.Generator:
     """The random numbers of a step of a process: a function of its place in the run, so that resuming repeats them."""
-    word = np.random.SeedSequence((seed, epoch, number, rank, NOISE)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(int(word >> np.uint64(1)))
+    word = int(np.random.SeedSequence((seed, epoch, number, rank, NOISE)).generate_state(1, np.uint64)[0]) >> 1
+    torch.manual_seed(word)  # whoever draws from the global generator (dropout, a loader) repeats itself too
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(word)
