@@ -61,18 +61,22 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of a file; DataError `data.missing_image` where it cannot be opened."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror or error})", code="missing_image") from error
 
 
-def decode(data: bytes, path: str | Path, reduce: int = 1) -> tuple[NDArray[np.uint8], int]:
+def decode(
+    data: bytes, path: str | Path, reduce: int = 1, buffer: bytearray | None = None
+) -> tuple[NDArray[np.uint8], int]:
     """Pixels of an encoded picture, and by which factor (1, 2, 4, 8) they are smaller than it is.
 
     Args:
         data: The bytes of the file.
         path: The file's name, for messages.
         reduce: How much smaller the picture may come (a power of two); only plain JPEGs use it, in the DCT domain.
+        buffer: Memory to decode a plain JPEG into, enlarged as needed; the result is then good until its next use.
 
     Returns:
         uint8 [ceil(H / factor), ceil(W / factor), 3] and the factor.
@@ -84,8 +88,10 @@ def decode(data: bytes, path: str | Path, reduce: int = 1) -> tuple[NDArray[np.u
         if header.orientation != 1:
             reduce = 1  # the padding of the last block would end up on the first side
         low = (0, 0) if reduce == 1 else (-(-header.height // reduce), -(-header.width // reduce))
+        if buffer is not None and len(buffer) < header.width * header.height * 3:
+            buffer.extend(bytes(header.width * header.height * 3 - len(buffer)))
         try:
-            pixels = simplejpeg.decode_jpeg(data, min_height=low[0], min_width=low[1], min_factor=2)
+            pixels = simplejpeg.decode_jpeg(data, min_height=low[0], min_width=low[1], min_factor=2, buffer=buffer)
         except ValueError:
             pixels = None  # Pillow forgives more, and says better what is wrong
         if pixels is not None:

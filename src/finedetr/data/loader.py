@@ -20,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from finedetr.data.dataset import Dataset
 from finedetr.data.dense import plan_sample
 from finedetr.data.images import read_image, resize
-from finedetr.data.sampling import draw, load
+from finedetr.data.sampling import Scratch, draw, load
 from finedetr.data.transforms import Augmentation, Truth, Windows
 from finedetr.errors import ConfigError, DataError, RunError
 from finedetr.records import Batch, Targets
@@ -86,6 +86,7 @@ class TrainingPictures(TorchDataset[Parcel]):
     ) -> None:
         self.dataset, self.augmentation, self.windows, self.size = dataset, augmentation, windows, size
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.scratch = Scratch()
         self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
 
     @property
@@ -132,7 +133,7 @@ class TrainingPictures(TorchDataset[Parcel]):
         for _ in range(REPLACEMENTS):
             plan = plan_sample(rng, data, index, self.augmentation, active, self.size)
             try:
-                draw(plan, self.load, out)
+                draw(plan, self.load, out, self.scratch)
             except DataError as error:
                 broken.append((error.message.partition(": ")[0], error.message))
                 index = int(rng.integers(len(data)))
@@ -145,7 +146,7 @@ class TrainingPictures(TorchDataset[Parcel]):
     def load(self, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
         """Pixels of a picture."""
         width, height = self.dataset.sizes[index]
-        return load(self.dataset.files[index], reduce, (int(width), int(height)))
+        return load(self.dataset.files[index], reduce, (int(width), int(height)), self.scratch.encoded)
 
 
 class Keys(Sampler[Any]):
