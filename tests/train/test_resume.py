@@ -102,6 +102,7 @@ def test_the_unbroken_run_wrote_everything_that_a_run_leaves(unbroken: RunFolder
         "status.json",
         "train.log",
         "evaluation.json",
+        "report.html",
         "predictions_val.json",
         "checkpoints/last.pt",
         "checkpoints/best.pt",

@@ -60,9 +60,13 @@ def from_dict(document: Mapping[str, Plain], where: str = "config.json") -> Reci
 
 
 def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
-    """Nested keys joined by dots, as flags are: {"optimizer.lr": 0.0002, ...}."""
+    """Nested keys joined by dots, as flags are: {"optimizer.lr": 0.0002, "objective.BoxL1.weight": 5.0, ...}."""
     flat: dict[str, Plain] = {}
     for key, value in document.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) and "kind" in item for item in value):
+            for item in value:
+                flat |= flatten({k: v for k, v in item.items() if k != "kind"}, f"{prefix}{item['kind']}.")
+            continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

@@ -12,7 +12,7 @@ from typing import Any
 from finedetr.errors import ModelError, UsageError
 from finedetr.train.checkpoint import write_atomically
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "find_weights"]
 
 FILES = (
     "config.json",
@@ -23,6 +23,7 @@ FILES = (
     "train.log",
     "predictions_val.json",
     "evaluation.json",
+    "report.html",
 )
 FOLDERS = ("checkpoints", "weights", "samples")
 
@@ -186,3 +187,22 @@ class RunFolder:
         ]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+
+def find_weights(target: str | Path) -> Path:
+    """The weight file that a path means: a .safetensors file, or the best weights of a run's folder.
+
+    Raises:
+        ModelError: There are none.
+    """
+    path = Path(target)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
+    folder = RunFolder(path)
+    for file in (folder.best_weights, folder.last_weights):
+        if file.is_file():
+            return file
+    what = "the run has not been evaluated yet" if folder.config.is_file() else "it is no run"
+    raise ModelError(f"{path} holds no weights: {what}", code="not_found")

@@ -286,7 +286,7 @@ class Run:
         p.epochs = epochs
         self._plan_for(epochs)
         self._retune()
-        self.reporter.line(f"{epochs} epochs fit into {self.recipe.max_time:g} seconds; the schedule follows")
+        self.reporter.line(f"epochs that fit into {self.recipe.max_time:g} seconds: {epochs}; the schedule follows")
         return self.plan.windows != before
 
     # ------------------------------------------------------------------------------------------------- between epochs

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finedetr._version import __version__
+from finedetr.data.doctor import Report, check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
+from finedetr.evaluate.html import write_report
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder
@@ -81,13 +83,14 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
         data = open_data(request.data, request.train_split, request.val_split, request.layout)
         recipe = request.recipe.resolve(len(data.train))
         share_of(recipe.batch or 1, world.size, recipe.accumulate)
+        report = _examine(data, recipe)
         folder = RunFolder(request.out)
         if world.main:
             folder = RunFolder.create(request.out, overwrite=request.overwrite)
-            _write_config(folder, request, recipe, data)
+            _write_config(folder, request, recipe, data, report)
         world.wait()
         with Reporter(folder.log if world.main else None, quiet=request.quiet or not world.main) as reporter:
-            _introduce(reporter, data, world, folder)
+            _introduce(reporter, data, report, world, folder)
             reporter.line(request.recipe.why_batch(recipe, len(data.train)))
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
@@ -129,7 +132,7 @@ def resume(
         opened = open_data(data or Path(where["path"]), *splits, where["layout"])
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
-            _introduce(reporter, opened, world, folder)
+            _introduce(reporter, opened, _examine(opened, recipe), world, folder)
             run = Run(recipe, opened, folder, world, reporter)
             try:
                 run.resume()
@@ -188,13 +191,15 @@ def check_classes(folder: RunFolder, data: Data) -> None:
 
 def _through(run: Run, reporter: Reporter) -> Result:
     result = run.train()
+    if run.world.main:
+        write_report(run.folder.root)
     if result.evaluation is not None:
         reporter.line(f"best AP {result.evaluation.ap:.4f}  AP50 {result.evaluation.ap50:.4f}")
     reporter.line(f"weights: {run.folder.best_weights}")
     return result
 
 
-def _introduce(reporter: Reporter, data: Data, world: World, folder: RunFolder) -> None:
+def _introduce(reporter: Reporter, data: Data, report: Report, world: World, folder: RunFolder) -> None:
     """The data, the classes and the device, so that a mistake is seen before it costs a night."""
     train, val = data.train, data.val
     reporter.line(f"finedetr {__version__}  {world.size} process(es) on {world.device}  run {folder.root}")
@@ -207,9 +212,8 @@ def _introduce(reporter: Reporter, data: Data, world: World, folder: RunFolder) 
     ]
     shown = ", ".join(table[:10]) + (f" ... ({len(table)} classes)" if len(table) > 10 else "")
     reporter.line(f"classes (id -> index name): {shown}")
-    for split in (train, val):
-        for note in split.notes if split else ():
-            (reporter.warn if note.level == "warn" else reporter.line)(str(note))
+    for note in {str(note): note for note in report.notes}.values():  # both splits may say the same
+        (reporter.warn if note.level == "warn" else reporter.line)(str(note))
     if val is None:
         reporter.warn("there is no split for evaluation: the last weights count as the best")
 
@@ -222,7 +226,21 @@ def _class_table(data: Data) -> list[dict[str, Any]]:
     ]
 
 
-def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Data) -> None:
+def _examine(data: Data, recipe: Recipe) -> Report:
+    """The doctor's quick checks, those that read no picture.
+
+    Raises:
+        DataError: Something would make the run worthless.
+    """
+    splits = (data.train, data.val) if data.val else (data.train,)
+    report = check(*splits, size=recipe.size, queries=recipe.model.decoder.queries, bytes_too=False)
+    if report.errors:
+        worst = report.errors[0]
+        raise DataError(worst.message, code=worst.code.removeprefix("data."))
+    return report
+
+
+def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Data, report: Report) -> None:
     """All that is needed to repeat the run, before its first step."""
     asked = flatten(to_dict(replace(request.recipe, batch=request.recipe.batch, lr=request.recipe.lr)))
     document = {
@@ -241,17 +259,4 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
     }
     folder.write_json(folder.config, document)
     folder.write_json(folder.classes, _class_table(data))
-    notes = [
-        {
-            "split": split.split,
-            "code": n.code,
-            "level": n.level,
-            "message": n.message,
-            "where": list(n.where),
-            "count": n.count,
-        }
-        for split in (data.train, data.val)
-        if split is not None
-        for n in split.notes
-    ]
-    folder.write_json(folder.root / "data_report.json", notes)
+    folder.write_json(folder.root / "data_report.json", report.to_json())

@@ -1,0 +1,126 @@
+"""`finedetr demo`: the whole main job on pictures that it draws itself: draw, train, evaluate, predict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finedetr.cli.flags import output, parse, spell
+from finedetr.data.drawing import draw_dataset
+from finedetr.errors import UsageError
+from finedetr.evaluate.pictures import save_picture
+from finedetr.evaluate.predictor import Predictor
+from finedetr.model.config import ModelConfig
+from finedetr.model.weights import load_weights
+from finedetr.model.zoo import variant
+from finedetr.recipes import build
+from finedetr.train.distributed import choose_device
+from finedetr.train.folder import RunFolder
+from finedetr.train.recipe import Recipe
+from finedetr.train.session import Request, begin
+
+# ------------------------------------------------------------------------------ all that there is to tune in one place
+
+TRAIN, VAL, SIDE = 400, 60, 192  # pictures that are drawn, and their side in pixels
+
+
+def demo_model() -> ModelConfig:
+    """The smallest published detector."""
+    return variant("dfine-n")
+
+
+def demo_recipe(seconds: float) -> Recipe:
+    """What the demo trains with: DEIM from random weights, sized for a few minutes on two cores."""
+    recipe = build(demo_model(), "deim", random_start=True)
+    return replace(
+        recipe,
+        size=(SIDE, SIDE),
+        epochs=200,  # the most; the time budget makes them fewer
+        batch=16,
+        lr=8e-4,
+        max_time=seconds,
+        augmentation=replace(recipe.augmentation, multi_scale_repeat=None, mixup=0.0),
+        evaluating=replace(recipe.evaluating, every=5),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Draw pictures, train a small detector on them from random weights, evaluate it, and show what it finds."""
+
+    out: Path = Path("runs/demo")
+    """Folder of everything; an earlier demo in it is replaced."""
+    minutes: float = 5.0
+    """How long the training may take."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    seed: int = 0
+    """Of the pictures and the training."""
+    quiet: bool = False
+    """Say nothing while it trains."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+def run(words: Sequence[str]) -> dict[str, Any] | None:
+    """The command."""
+    flags = parse(Demo, spell(words), "finedetr demo")
+    if flags.minutes <= 0:
+        raise UsageError(f"minutes: more than 0 is wanted, {flags.minutes:g} came", code="range")
+    data = _drawings(flags)
+    recipe = replace(demo_recipe(flags.minutes * 60), seed=flags.seed)
+    started = time.monotonic()
+    result = begin(Request(data, recipe, flags.out, device=flags.device, overwrite=True, quiet=flags.quiet))
+    seconds = time.monotonic() - started
+    folder = RunFolder(flags.out)
+    written = _predict(folder, data, flags)
+    document = {
+        **folder.read_json(folder.evaluation),
+        "train_seconds": round(seconds, 1),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "model": recipe.model.name,
+        "sheet": str(folder.samples / "predictions_val.jpg"),
+        "pictures_annotated": written,
+    }
+    folder.write_json(folder.evaluation, document)
+    if flags.json:
+        return {"result": document, "warnings": []}
+    output(f"AP {document['AP']:.4f}  AP50 {document['AP50']:.4f}  after {seconds:.0f} seconds, {result.steps} steps")
+    output(f"pictures: {document['sheet']}")
+    output(f"numbers: {folder.evaluation}")
+    output(f"try: finedetr predict {flags.out} {data / 'val'} --out {flags.out / 'predictions'}")
+    return None
+
+
+def _drawings(flags: Demo) -> Path:
+    """The drawn data set: as it is where the same one is there already."""
+    folder = flags.out / "drawings"
+    wanted = {"train": TRAIN, "val": VAL, "side": SIDE, "seed": flags.seed}
+    note = folder / "drawn.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    draw_dataset(folder, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=flags.seed)
+    note.write_text(json.dumps(wanted), encoding="utf-8")
+    return folder
+
+
+def _predict(folder: RunFolder, data: Path, flags: Demo) -> int:
+    """Annotated copies of a few held-out drawings, by the very weights that were saved."""
+    device = choose_device(flags.device)
+    detector, card = load_weights(folder.best_weights, device)
+    pictures = sorted((data / "val").glob("*.jpg"))[:8]
+    found = Predictor(detector, card, device)([str(path) for path in pictures])
+    assert isinstance(found, list)
+    for path, detections in zip(pictures, found, strict=True):
+        save_picture(detections.draw(), folder.root / "predictions" / path.name)
+    return len(found)

@@ -1,0 +1,107 @@
+"""What a run would be: its recipe, its lengths, its learning rate with the reason, its memory. Nothing is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finedetr.model.detector import Detector
+from finedetr.train.config import flatten, to_dict
+from finedetr.train.plan import Plan
+from finedetr.train.recipe import Recipe
+from finedetr.train.session import Request, open_data
+
+__all__ = ["describe", "expected_memory"]
+
+
+def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
+    """The resolved recipe and plan, as a document and as text.
+
+    Args:
+        request: What the flags ask for.
+        base: The recipe before its flags: tells where a value comes from.
+    """
+    data = open_data(request.data, request.train_split, request.val_split, request.layout)
+    pictures = len(data.train)
+    recipe = request.recipe.resolve(pictures)
+    batch = recipe.batch or 1
+    plan = Plan(recipe, recipe.epochs, max(pictures // batch, 1))
+    windows = plan.windows
+    memory = expected_memory(recipe, len(data.train.categories))
+    values = flatten(to_dict(recipe))
+    asked, made = flatten(to_dict(request.recipe)), flatten(to_dict(base))
+    origins = {
+        key: "derived" if asked.get(key) != value else "flag" if made.get(key) != value else recipe.name
+        for key, value in values.items()
+    }
+    document = {
+        "recipe": to_dict(recipe),
+        "origins": origins,
+        "objective": recipe.objective.formula(),
+        "batch": batch,
+        "batch_reason": request.recipe.why_batch(recipe, pictures),
+        "lr": recipe.lr,
+        "lr_reason": request.recipe.why_rate(recipe),
+        "pictures": pictures,
+        "steps": plan.total,
+        "warmup_steps": recipe.schedule.warmup_of(plan.total),
+        "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
+        "average_decay": plan.decay,
+        "memory_bytes": memory,
+        "out": str(request.out),
+    }
+    width = max(map(len, values))
+    lines = [f"{key:{width}}  {_short(value)}  ({origins[key]})" for key, value in values.items()]
+    lines += [
+        "",
+        f"data       {data.train.evidence}; {pictures} pictures, {len(data.train.labels)} boxes",
+        f"model      {recipe.model.name}, {len(data.train.categories)} classes, {recipe.size[0]}x{recipe.size[1]}",
+        f"objective  {recipe.objective.formula()}",
+        f"plan       {recipe.epochs} epochs x {plan.steps} steps; mosaic from {windows.start} to {windows.mosaic_end}, "
+        f"plain from {windows.plain_from}; warm-up {recipe.schedule.warmup_of(plan.total)} steps",
+        f"average    decay {plan.decay:.6g}",
+        request.recipe.why_batch(recipe, pictures),
+        request.recipe.why_rate(recipe),
+        f"memory     about {memory / 2**30:.1f} GiB for one process with the whole batch",
+        f"out        {request.out}",
+    ]
+    return document, "\n".join(lines)
+
+
+def expected_memory(recipe: Recipe, classes: int) -> int:
+    """Bytes of one training process: weights, gradients, moments, average, and what the backward pass keeps.
+
+    The forward pass runs on torch's meta device, where tensors have shapes but no numbers; what autograd would save is
+    added up for one picture of the largest size and multiplied by the pictures of a part of the batch. Losses and
+    denoising queries are not in it.
+    """
+    with torch.device("meta"):
+        detector = Detector(recipe.model, classes).train()
+        height, width = recipe.size
+        images = torch.empty(1, 3, height, width)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)  # an address means something only while its storage lives
+        return tensor
+
+    alive: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = detector(images)
+    del output
+    for parameter in detector.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    parameters = sum(p.numel() for p in detector.parameters())
+    multi_scale = 1.25**2 if recipe.augmentation.multi_scale_repeat else 1.0
+    half = 0.6 if recipe.precision in ("bf16", "fp16") else 1.0
+    part = (recipe.batch or 1) / recipe.accumulate
+    return round(parameters * 4 * 5 + sum(kept.values()) * part * multi_scale * half)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,113 @@
+"""`finedetr eval`: weights measured on a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from finedetr.cli.flags import output, parse, spell
+from finedetr.data.formats import open_dataset
+from finedetr.errors import UsageError
+from finedetr.evaluate.predictor import evaluate_detector
+from finedetr.model.weights import load_weights
+from finedetr.train.checkpoint import write_atomically
+from finedetr.train.distributed import choose_device
+from finedetr.train.folder import RunFolder, find_weights
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure weights on a data set: COCO's twelve numbers, per class and by size.
+
+    Writes evaluation_SPLIT.json and predictions_SPLIT.json (COCO results in the data set's own ids).
+    """
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """A run's folder (its best weights) or a .safetensors file."""
+    data: Path | None = None
+    """The data set. Unset: that of the run."""
+    split: str = "val"
+    """Its split."""
+    layout: str | None = None
+    """coco, yolo or voc, where the data set could be read as several."""
+    batch: int = 8
+    """Pictures at a time."""
+    size: tuple[int, int] | None = None
+    """Height and width of the input. Unset: that of the weights."""
+    max_detections: int = 100
+    """The best so many detections of a picture and class count."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass."""
+    workers: int = 2
+    """Processes that read pictures."""
+    out: Path | None = None
+    """Folder of the two files. Unset: the run, or where the weights are."""
+    per_class: bool = True
+    """Show a line for each class."""
+    json: bool = False
+    """Print one JSON document instead of tables."""
+
+
+def run(words: Sequence[str]) -> dict[str, Any] | None:
+    """The command."""
+    words = spell(words)
+    flags = parse(Eval, ["--no-per-class" if w == "--per-class=False" else w for w in words], "finedetr eval")
+    file = find_weights(flags.weights)
+    data = flags.data or _data_of(flags.weights)
+    device = choose_device(flags.device)
+    detector, card = load_weights(file, device)
+    dataset = open_dataset(data, flags.split, layout=flags.layout)
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
+    evaluation, evaluator = evaluate_detector(
+        detector,
+        dataset,
+        flags.size or card.size,
+        flags.batch,
+        flags.workers,
+        device,
+        mean=card.mean,
+        std=card.std,
+        precision=flags.precision,
+        max_detections=flags.max_detections,
+        names=card.names,
+        progress=_progress,
+    )
+    folder = flags.out or (flags.weights if flags.weights.is_dir() else file.parent)
+    document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
+    numbers = _write(folder / f"evaluation_{flags.split}.json", document)
+    results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())
+    if flags.json:
+        return {"result": {**document, "files": [str(numbers), str(results)]}, "warnings": []}
+    output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
+    print(f"{numbers}\n{results}", file=sys.stderr)
+    return None
+
+
+def _data_of(weights: Path) -> Path:
+    """Where the data of a run was."""
+    with contextlib.suppress(Exception):
+        folder = RunFolder.existing(weights)
+        return Path(folder.read_json(folder.config)["data"]["path"])
+    raise UsageError("eval needs --data", code="required", hint=f"Such as: finedetr eval {weights} --data pictures/")
+
+
+def _write(path: Path, document: object) -> Path:
+    text = json.dumps(document, ensure_ascii=False)
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _progress(done: int, total: int) -> None:
+    """A moving line on a terminal only."""
+    if sys.stderr.isatty() and not os.environ.get("CI"):
+        print(f"\r{done}/{total} batches", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -1,0 +1,159 @@
+"""`finedetr train`: from flags to a run, or to a description of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from finedetr.cli.flags import output, parse, peek, spell
+from finedetr.errors import UsageError, did_you_mean
+from finedetr.model.weights import read_card
+from finedetr.model.zoo import variant
+from finedetr.recipes import PAPERS, RECIPES, build
+from finedetr.train.folder import RunFolder, find_weights
+from finedetr.train.recipe import Recipe
+from finedetr.train.session import Request, begin, resume, saved_recipe
+
+MODEL = "dfine-s"  # where neither --model nor --weights says what to train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train or fine-tune a detector, or go on with a run.
+
+    Every number of the recipe is a flag; a term of the objective goes by its name: --objective.BoxGIoU.weight 2.
+    """
+
+    data: Path | None = None
+    """Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML. Required but for --resume."""
+    model: str | None = None
+    """Name of a model (`finedetr models`). Unset: that of --weights, else dfine-s."""
+    recipe: str = "deim"
+    """Base of the recipe: deim or dfine."""
+    with_: Annotated[tuple[str, ...], tyro.conf.arg(name="with")] = ()
+    """Papers and variations on top of it."""
+    weights: Path | None = None
+    """Start from these weights (a run or a .safetensors file); classes are carried over by name."""
+    out: Path | None = None
+    """Folder of the run. Unset: runs/DATA-MODEL."""
+    resume: Path | None = None
+    """Go on with the run in this folder, exactly where it stands."""
+    overwrite: bool = False
+    """Delete the run that is in the folder already."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    layout: str | None = None
+    """coco, yolo or voc, where the data set could be read as several."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split to evaluate on."""
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    quiet: bool = False
+    """Say nothing on the terminal."""
+    json: bool = False
+    """Print one JSON document at the end."""
+
+
+def run(words: Sequence[str]) -> dict[str, Any] | None:
+    """The command."""
+    words = spell(words)
+    base = _base_recipe(words)
+    flags = parse(Train, _name_terms(words, base), "finedetr train", Train(settings=base))
+    if flags.resume is not None:
+        return _resume(flags, words)
+    if flags.data is None:
+        raise UsageError("train needs --data", code="required", hint="Such as: finedetr train --data pictures/")
+    recipe = flags.settings
+    out = flags.out or Path("runs") / f"{flags.data.resolve().stem}-{recipe.model.name}"
+    request = Request(
+        flags.data,
+        recipe,
+        out,
+        weights=find_weights(flags.weights) if flags.weights else None,
+        train_split=flags.train_split,
+        val_split=flags.val_split,
+        layout=flags.layout,
+        device=flags.device,
+        overwrite=flags.overwrite,
+        quiet=flags.quiet,
+    )
+    if flags.dry_run:
+        from finedetr.cli.dry import describe
+
+        document, text = describe(request, base)
+        if flags.json:
+            return {"result": document, "warnings": []}
+        output(text)
+        return None
+    result = begin(request)
+    return {"result": _summary(result), "warnings": []} if flags.json else None
+
+
+def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
+    assert flags.resume is not None
+    for name in ("weights", "overwrite", "model", "recipe", "with", "out", "layout"):
+        if f"--{name}" in words:
+            raise UsageError(
+                f"--resume and --{name} exclude each other: a resumed run keeps what it is",
+                code="conflict",
+                hint="To start anew from the weights of a run: --weights RUN --out ANOTHER",
+            )
+    result = resume(flags.resume, flags.settings, data=flags.data, device=flags.device, quiet=flags.quiet)
+    return {"result": _summary(result), "warnings": []} if flags.json else None
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    metrics = {} if result.evaluation is None else result.evaluation.metrics()
+    return {
+        "run": str(result.folder),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "train_seconds": round(result.seconds, 3),
+        **metrics,
+    }
+
+
+def _base_recipe(words: Sequence[str]) -> Recipe:
+    """The recipe before its flags: that of a saved run, or made by --recipe, --with, --model and --weights."""
+    where = peek(words, "--resume")
+    if where:
+        return saved_recipe(RunFolder.existing(where[0]))[0]
+    recipe, model, weights = (peek(words, f"--{name}")[:1] for name in ("recipe", "model", "weights"))
+    card = read_card(find_weights(weights[0])) if weights else None
+    if recipe and recipe[0] not in RECIPES:
+        raise UsageError(
+            f"no recipe is called {recipe[0]!r}", code="unknown_key", hint=did_you_mean(recipe[0], [*RECIPES, *PAPERS])
+        )
+    config = variant(model[0]) if model else card.config if card else variant(MODEL)
+    made = build(config, (recipe or ["deim"])[0], tuple(peek(words, "--with")), random_start=card is None)
+    if card is None:
+        return made
+    # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed
+    return replace(made, model=config if model else card.config, size=card.size, mean=card.mean, std=card.std)
+
+
+def _name_terms(words: Sequence[str], base: Recipe) -> list[str]:
+    """Flags of terms by their name, as flags of their place: --objective.BoxL1.weight -> --objective.terms.1.weight."""
+    names = {name.lower().replace("-", ""): index for index, name in enumerate(base.objective.names)}
+    renamed = []
+    for word in words:
+        found = re.fullmatch(r"--objective\.([A-Za-z][\w-]*)\.(.+)", word)
+        if found and found[1] not in ("terms", "policy"):
+            key = found[1].lower().replace("-", "")
+            if key not in names:
+                raise UsageError(
+                    f"the objective has no term {found[1]!r}",
+                    code="unknown_key",
+                    hint=did_you_mean(found[1], base.objective.names),
+                )
+            word = f"--objective.terms.{names[key]}.{found[2]}"
+        renamed.append(word)
+    return renamed
