@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -34,6 +35,7 @@ SPELLINGS = {
 """Other tools' words for our flags."""
 
 BOX = re.compile(r"^[╭╰│─+|\s]+(?!-)|[╮╯│─+|\s]+$")
+TITLES = {"Value error", "Invalid choice", "Parsing error", "Unrecognized options", "Required options"}
 RULE = re.compile(r"[╭╰│─╮╯+|\s-]*")
 
 
@@ -80,7 +82,7 @@ def parse(kind: type[T], words: Sequence[str], command: str, default: T | None =
         with contextlib.redirect_stderr(complained):
             if {"-h", "--help"} & set(words):
                 return _tyro(kind, words, command, options)
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(said), _wide():
                 return _tyro(kind, words, command, options)
     except SystemExit as done:
         if not done.code:
@@ -88,8 +90,8 @@ def parse(kind: type[T], words: Sequence[str], command: str, default: T | None =
         text = complained.getvalue() or said.getvalue()
         lines = [BOX.sub("", line) for line in text.splitlines() if not RULE.fullmatch(line)]
         lines = [line for line in lines if not line.startswith("For full helptext")]
-        if len(lines) > 1 and " options " in f"{lines[0]} ".replace("─", "").replace("-", ""):
-            lines = lines[1:]  # the title of the box
+        if len(lines) > 1 and lines[0] in TITLES:
+            lines = lines[1:]
         message, *rest = lines or ["the flags cannot be understood"]
         raise UsageError(
             message, code="unknown_key" if "nrecognized" in message else "type", hint="\n  ".join(rest)
@@ -100,6 +102,20 @@ def _tyro(kind: type[T], words: Sequence[str], command: str, options: dict[str, 
     config = (tyro.conf.FlagCreatePairsOff,)
     answer: T = tyro.cli(kind, args=list(words), prog=command, config=config, **options)
     return answer
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """No line of a message is broken: it is not shown in tyro's box."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "500"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def output(text: str) -> None:
