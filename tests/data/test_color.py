@@ -34,6 +34,7 @@ def step_by_step(pixels: np.ndarray, color: Color) -> np.ndarray:
     if color.saturation is not None:
         x = color.saturation * x + (1 - color.saturation) * (x @ GREY)[..., None]
     if color.hue is not None:
+        x = np.rint(x)  # the published code keeps bytes between its steps; here they are whole levels at the hue only
         hsv = np.array([colorsys.rgb_to_hsv(*p) for p in x.reshape(-1, 3) / 255])
         x = np.array([colorsys.hsv_to_rgb((h + color.hue) % 1, s, v) for h, s, v in hsv]).reshape(x.shape) * 255
     if not color.contrast_first:
@@ -55,7 +56,9 @@ def test_a_distortion_does_what_its_published_steps_do(
     color = Color(1.1, 0.7, 1.2, hue, first, channels)
     pixels = sampled(picture())
     ours = distort(torch.from_numpy(pixels), color).numpy()
-    assert np.abs(ours - step_by_step(pixels, color)).max() <= 0.52
+    assert np.abs(ours - step_by_step(pixels, color)).max() <= (0.52 if hue is None else 1.02), (
+        "rounded once, or at the hue and at the end"
+    )
     assert np.abs(ours.astype(int) - pixels).mean() > 5
 
 
@@ -64,10 +67,10 @@ def test_hue_turns_exactly_as_in_hsv(turns: float) -> None:
     rng = np.random.default_rng(1)
     ties = np.array([[a, b, c] for a in (0, 1, 128, 255) for b in (0, 1, 128, 255) for c in (0, 1, 128, 255)])
     pixels = np.concatenate((rng.integers(0, 256, (3000, 3)), ties)).astype(np.float32)
-    ours = turn_hue(torch.from_numpy(pixels.T.copy()), turns).numpy().T
+    ours = turn_hue(torch.from_numpy(pixels.T.astype(np.int16)), turns).numpy().T
     hsv = [colorsys.rgb_to_hsv(*(p / 255.0)) for p in pixels.astype(float)]
     expected = np.array([colorsys.hsv_to_rgb((h + turns) % 1, s, v) for h, s, v in hsv]) * 255
-    assert np.abs(ours - expected).max() < 1e-2
+    assert np.abs(ours - expected).max() < 0.51, "the rounding to whole levels"
 
 
 def test_values_are_rounded_and_clipped() -> None:
