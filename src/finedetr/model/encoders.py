@@ -35,11 +35,11 @@ class RepConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = ConvNorm(channels, channels, 3)
-        self.conv2 = ConvNorm(channels, channels, 1)
+        self.conv2: ConvNorm | None = ConvNorm(channels, channels, 1)  # None once merged into the first
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         """One feature map to the next."""
-        return F.silu(self.conv1(x) + self.conv2(x))
+        return F.silu(self.conv1(x) if self.conv2 is None else self.conv1(x) + self.conv2(x))
 
 
 class CSPLayer(nn.Module):

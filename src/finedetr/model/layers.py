@@ -137,7 +137,9 @@ class ConvNorm(nn.Module):
             out: Tensor = self.conv(x)
             return out
         with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass on the CPU
-            return F.conv2d(x.float(), self.conv.weight, None, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+            return F.conv2d(
+                x.float(), self.conv.weight, self.conv.bias, self.conv.stride, self.conv.padding, 1, self.conv.groups
+            )
 
     def _may_fold(self, x: Tensor) -> bool:
         # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
