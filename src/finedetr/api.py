@@ -1,0 +1,223 @@
+"""The front door in Python: load and ask, train, resume. What the command line does, as three functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import torch
+
+from finedetr.data.formats import open_dataset
+from finedetr.detections import Detections
+from finedetr.errors import did_you_mean
+from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.inference import Precision
+from finedetr.evaluate.predictor import Predictor, evaluate_detector
+from finedetr.evaluate.sources import Source
+from finedetr.model.weights import Card, load_weights, read_card
+from finedetr.model.zoo import variant
+from finedetr.recipes import build
+from finedetr.train.distributed import choose_device
+from finedetr.train.folder import RunFolder, find_weights
+from finedetr.train.loop import Result
+from finedetr.train.recipe import Recipe
+from finedetr.train.session import Request, begin, saved_recipe
+from finedetr.train.session import resume as resume_run
+
+__all__ = ["Model", "TrainedRun", "load", "resume", "train"]
+
+
+class Model:
+    """A detector with its weights, its class names and its preprocessing.
+
+    >>> model = load("runs/a")  # doctest: +SKIP
+    >>> found = model("street.jpg", threshold=0.4)  # doctest: +SKIP
+    >>> found.xyxy, found.score, found.label, found.names  # doctest: +SKIP
+    """
+
+    def __init__(self, predictor: Predictor, device: torch.device) -> None:
+        self._predictor, self._device = predictor, device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names, by index."""
+        return self._predictor.names
+
+    @property
+    def card(self) -> Card:
+        """Everything that travels with the weights."""
+        return self._predictor.card
+
+    def __call__(
+        self,
+        source: Source | Iterable[Source],
+        threshold: float = 0.4,
+        batch: int | None = None,
+        *,
+        nms: float | None = None,
+    ) -> Detections | list[Detections]:
+        """Detects in a picture (one `Detections`), or in a folder, a glob or a list (a list of them)."""
+        return self._predictor(source, threshold, batch, nms=nms)
+
+    predict = __call__
+
+    def stream(
+        self,
+        source: Source | Iterable[Source],
+        threshold: float = 0.4,
+        batch: int | None = None,
+        *,
+        nms: float | None = None,
+    ) -> Iterator[Detections]:
+        """The same one after the other, in little memory."""
+        return self._predictor.stream(source, threshold, batch, nms=nms)
+
+    def evaluate(
+        self, data: str | Path, split: str = "val", *, batch: int = 8, workers: int = 2, layout: str | None = None
+    ) -> Evaluation:
+        """COCO's numbers on a split of a data set; classes are matched by name."""
+        card = self.card
+        evaluation, _ = evaluate_detector(
+            self._predictor.detector,
+            open_dataset(data, split, layout=layout),
+            card.size,
+            batch,
+            workers,
+            self._device,
+            mean=card.mean,
+            std=card.std,
+            names=card.names,
+        )
+        return evaluation
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended."""
+
+    result: Result
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is."""
+        return self.result.folder
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The numbers of the best weights; None where there was nothing to evaluate on."""
+        return self.result.evaluation
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of `metrics.jsonl`."""
+        return RunFolder(self.folder).records()
+
+    def model(self, device: str = "auto") -> Model:
+        """The best weights, ready to be asked."""
+        return load(self.folder, device=device)
+
+
+def load(path: str | Path, *, device: str = "auto", batch: int = 8, precision: str = "fp32") -> Model:
+    """A detector from a run's folder (its best weights) or a .safetensors file.
+
+    Raises:
+        ModelError: There are no weights, or they do not fit their own card.
+        UsageError: The device or precision cannot be.
+    """
+    chosen = choose_device(device)
+    detector, card = load_weights(find_weights(path), chosen)
+    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision)), chosen)
+
+
+def train(
+    data: str | Path,
+    model: str | None = None,
+    *,
+    out: str | Path | None = None,
+    recipe: str | Recipe = "deim",
+    extras: Iterable[str] = (),
+    weights: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+    layout: str | None = None,
+    train_split: str = "train",
+    val_split: str = "val",
+    **settings: Any,
+) -> TrainedRun:
+    """Trains or fine-tunes a detector, as `finedetr train` does.
+
+    Args:
+        data: Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML.
+        model: Name of a model; None: that of `weights`, else dfine-s.
+        out: Folder of the run; None: runs/DATA-MODEL.
+        recipe: A name, or a `Recipe` as it shall be.
+        extras: Names for `--with`.
+        weights: Start from these.
+        device: auto, cpu, cuda, cuda:N or mps.
+        overwrite: Delete the run that is in `out` already.
+        quiet: Say nothing.
+        layout: coco, yolo or voc, where the data could be read as several.
+        train_split: Split to train on.
+        val_split: Split to evaluate on.
+        **settings: Fields of the recipe: `epochs=72, batch=16, size=(384, 640)`; nested ones as mappings:
+            `optimizer={"clip": 0.5}`.
+
+    Raises:
+        TypeError: A setting is unknown; the message suggests the nearest ones.
+        FineDETRError: Whatever the command line would say.
+    """
+    start = find_weights(weights) if weights is not None else None
+    if isinstance(recipe, Recipe):
+        made = recipe
+    else:
+        card = read_card(start) if start else None
+        config = variant(model) if model else card.config if card else variant("dfine-s")
+        made = build(config, recipe, tuple(extras), random_start=card is None)
+        if card is not None:
+            made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
+    made = _with_settings(made, settings, "train()")
+    folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
+    request = Request(
+        Path(data),
+        made,
+        folder,
+        weights=start,
+        train_split=train_split,
+        val_split=val_split,
+        layout=layout,
+        device=device,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    return TrainedRun(begin(request))
+
+
+def resume(
+    path: str | Path, *, data: str | Path | None = None, device: str = "auto", quiet: bool = False, **settings: Any
+) -> TrainedRun:
+    """Goes on with a run exactly where it stands; `settings` may change what is free to change, such as `epochs`."""
+    saved, _ = saved_recipe(RunFolder.existing(path))
+    recipe = _with_settings(saved, settings, "resume()")
+    where = Path(data) if data is not None else None
+    return TrainedRun(resume_run(Path(path), recipe, data=where, device=device, quiet=quiet))
+
+
+def _with_settings(recipe: Any, settings: Mapping[str, Any], where: str) -> Any:
+    """A dataclass with other values in some fields, nested ones given as mappings."""
+    known = {field.name for field in fields(recipe)}
+    changes = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise TypeError(f"{where} has no setting {name!r}. {did_you_mean(name, known)}")
+        current = getattr(recipe, name)
+        if is_dataclass(current) and isinstance(value, Mapping):
+            value = _with_settings(current, value, f"{where}: {name}")
+        elif isinstance(current, tuple) and isinstance(value, list):
+            value = tuple(value)
+        elif get_type_hints(type(recipe))[name] is float and isinstance(value, int):
+            value = float(value)
+        changes[name] = value
+    return replace(recipe, **changes)

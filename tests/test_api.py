@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import finedetr
+from finedetr.errors import ModelError, UsageError
+from tests.train.small import draw, small_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("data"), train=4, val=2)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    return finedetr.train(data, recipe=small_recipe(), out=out, epochs=1, device="cpu", quiet=True)
+
+
+def test_training_gives_a_run_that_can_be_asked(run: object, data: Path) -> None:
+    model = run.model("cpu")  # type: ignore[attr-defined]
+    picture = next((data / "val").glob("*.jpg"))
+    one = model(picture, threshold=0.0)
+    assert isinstance(one, finedetr.Detections)
+    assert one.names == model.names
+    assert len(one) == len(model.predict([str(picture)], threshold=0.0)[0]) > 0
+    assert len(list(model.stream(str(data / "val")))) == 2
+    none = model(np.zeros((50, 40, 3), dtype=np.uint8), threshold=1.0)
+    assert none.xyxy.shape == (0, 4)
+
+
+def test_an_evaluation_by_hand_repeats_the_run(run: object, data: Path) -> None:
+    by_hand = finedetr.load(run.folder, device="cpu").evaluate(data, workers=0)  # type: ignore[attr-defined]
+    assert by_hand.metrics() == run.best.metrics()  # type: ignore[attr-defined]
+    assert [r["kind"] for r in run.metrics][-1] == "evaluation"  # type: ignore[attr-defined]
+
+
+def test_a_run_goes_on_and_starts_others(run: object, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has done all of its 1 epochs"):
+        finedetr.resume(run.folder, device="cpu", quiet=True)  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"a resumed run keeps its recipe; these differ: optimizer\.clip 0\.1 -> 0\.5"):
+        finedetr.resume(run.folder, optimizer={"clip": 0.5}, quiet=True)  # type: ignore[attr-defined]
+    longer = finedetr.resume(run.folder, epochs=2, device="cpu", quiet=True)  # type: ignore[attr-defined]
+    assert longer.result.epochs == 2
+    tuned = finedetr.train(
+        data,
+        weights=longer.folder,
+        out=tmp_path / "b",
+        epochs=1,
+        batch=4,
+        workers=0,
+        device="cpu",
+        quiet=True,
+    )
+    assert tuned.model("cpu").card.size == (64, 64)
+    assert "weights: kept     disc" in (tmp_path / "b" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, r"train\(\) has no setting 'epoch'. Did you mean epochs"),
+        ({"optimizer": {"weigth_decay": 0}}, r"optimizer has no setting 'weigth_decay'. Did you mean weight_decay"),
+    ],
+)
+def test_an_unknown_setting_is_a_type_error_with_a_suggestion(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        finedetr.train("nowhere", **settings)
+
+
+def test_errors_of_the_front_door_are_ours(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no weights at"):
+        finedetr.load(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="holds no weights: it is no run"):
+        finedetr.load(tmp_path)
+    with pytest.raises(UsageError, match="no model is called 'dfine-z'"):
+        finedetr.train("x", "dfine-z")
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        finedetr.trian  # noqa: B018
