@@ -7,6 +7,7 @@ import pytest
 
 import finedetr
 from finedetr.errors import ModelError, UsageError
+from tests.train.conftest import one_thread as one_thread
 from tests.train.small import draw, small_recipe
 
 

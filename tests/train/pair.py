@@ -1,0 +1,48 @@
+"""Some steps of a run whose norms are at rest; each process writes its losses and weights.
+
+torchrun --nproc-per-node N -m tests.train.pair DATA OUT BATCH CASE
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finedetr.supervise.terms import LocalizationDistillation
+from finedetr.train.distributed import open_world
+from finedetr.train.folder import RunFolder
+from finedetr.train.log import Reporter
+from finedetr.train.loop import Run
+from finedetr.train.session import open_data
+from tests.train.small import small_recipe
+
+
+def main(data: str, out: str, batch: str, case: str) -> None:
+    torch.set_num_threads(1)
+    recipe = small_recipe(epochs=1, batch=int(batch))
+    recipe = replace(recipe, augmentation=replace(recipe.augmentation, mixup=0.0), lr=1e-3)
+    if case != "denoising":  # its noise differs from process to process
+        # the balance of matched and unmatched queries is each process's own, as published
+        objective = recipe.objective.without(LocalizationDistillation)
+        recipe = replace(recipe, denoise=False, objective=objective)
+    with open_world("cpu") as world, Reporter(quiet=True) as reporter:
+        folder = RunFolder(Path(out) / f"rank{world.rank}of{world.size}")
+        folder.root.mkdir(parents=True)
+        folder.write_json(folder.config, {})
+        run = Run(recipe, replace(open_data(Path(data)), val=None), folder, world, reporter)
+        norms = tuple(m for m in run.student.detector.modules() if isinstance(m, nn.BatchNorm2d))
+        run.student = replace(run.student, frozen=norms)
+        losses: list[dict[str, float]] = []
+        run._tell = lambda report, rate, batch: losses.append(report.losses)  # type: ignore[method-assign]
+        run.train()
+        state: dict[str, Any] = {"losses": losses, "model": run.student.detector.state_dict()}
+        torch.save(state, Path(out) / f"{case}-{world.size}-{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

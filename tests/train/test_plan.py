@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from finedetr.errors import ConfigError
+from finedetr.train.plan import Plan, epochs_in_time, share_of
+from tests.train.small import small_recipe
+
+
+def test_a_batch_that_cannot_be_divided_names_batches_that_can() -> None:
+    assert share_of(32, 4, 2) == 8
+    with pytest.raises(ConfigError, match=r"batch 10 cannot be divided among 4 processes(.|\n)*8 and 12"):
+        share_of(10, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("planned", "done", "spent", "budget", "epochs"),
+    [
+        (100, 2.0, 10.0, 50.0, 10),  # five seconds an epoch
+        (6, 2.0, 10.0, 50.0, 6),  # never more than planned
+        (100, 2.5, 100.0, 50.0, 3),  # too late: only to the end of this epoch
+        (100, 0.0, 0.0, 50.0, 100),
+        (100, 0.5, 100.0, 10.0, 1),
+    ],
+)
+def test_a_time_budget_gives_the_epochs_that_fit(
+    planned: int, done: float, spent: float, budget: float, epochs: int
+) -> None:
+    assert epochs_in_time(planned, done, spent, budget) == epochs
+
+
+def test_the_last_epoch_is_always_evaluated() -> None:
+    recipe = small_recipe(epochs=7)
+    plan = Plan(replace(recipe, evaluating=replace(recipe.evaluating, every=3)), 7, 10)
+    assert [epoch for epoch in range(7) if plan.evaluates_after(epoch)] == [2, 5, 6]
+
+
+def test_a_restart_comes_once_and_only_where_plain_epochs_follow() -> None:
+    recipe = small_recipe()
+    recipe = replace(recipe, schedule=replace(recipe.schedule, plain=0.75, restart=True))
+    assert [epoch for epoch in range(8) if Plan(recipe, 8, 1).restarts_at(epoch)] == [6]
+    assert not any(Plan(recipe, 1, 1).restarts_at(epoch) for epoch in range(1))
