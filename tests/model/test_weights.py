@@ -1,0 +1,114 @@
+"""Weights on disk: what travels with them, what is refused, what becomes of another set of classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finedetr.errors import ModelError
+from finedetr.model.detector import Detector
+from finedetr.model.layers import focal_bias
+from finedetr.model.weights import Card, load_weights, read_card, save_weights, transfer_weights
+from tests.model.test_detector import tiny
+
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def saved(folder: Path) -> tuple[Path, Detector, Card]:
+    detector = tiny().eval()
+    card = Card(
+        detector.config,
+        NAMES,
+        (1, 3, 4, 9, 90),
+        (96, 128),
+        (0.5, 0.5, 0.5),
+        (0.2, 0.2, 0.2),
+        {"name": "deim"},
+        {"AP": 0.5},
+    )
+    return save_weights(folder / "some" / "best.safetensors", detector, card), detector, card
+
+
+def test_weights_and_card_come_back_as_they_were(tmp_path: Path) -> None:
+    path, detector, card = saved(tmp_path)
+    again, card_again = load_weights(path)
+    assert card_again == card
+    assert not again.training
+    images = torch.rand(1, 3, 96, 128)
+    with torch.inference_mode():
+        assert torch.equal(again(images).matching.logits, detector(images).matching.logits)
+    assert read_card(path) == card
+    assert [p.name for p in path.parent.iterdir()] == ["best.safetensors"]  # no temporary file stays
+
+
+def test_a_missing_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no weights at") as error:
+        load_weights(tmp_path / "none.safetensors")
+    assert error.value.code == "model.not_found"
+
+
+def test_a_broken_file_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\x09" * 100)
+    with pytest.raises(ModelError, match="no readable safetensors file"):
+        load_weights(broken)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, foreign)
+    with pytest.raises(ModelError, match="carries no finedetr card"):
+        read_card(foreign)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path, _, card = saved(tmp_path)
+    state = load_file(path)
+    state["selection.score_head.weight"] = torch.zeros(7, 32)
+    state["stranger"] = torch.zeros(1)
+    del state["decoder.layers.0.norm1.bias"]
+    save_file(state, path, metadata={"finedetr": card.to_json()})
+    with pytest.raises(ModelError) as error:
+        load_weights(path)
+    for part in ("missing decoder.layers.0.norm1.bias", "unexpected stranger", "score_head.weight is (7, 32)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "schema 99"),
+        ({"nmaes": []}, "Did you mean names"),
+        ({"size": 640}, "a list was expected"),
+        ({"category_ids": [1]}, "one category id for each class name"),
+    ],
+)
+def test_a_card_that_cannot_be_read_says_why(change: dict[str, object], message: str) -> None:
+    document = json.loads(Card(tiny().config, NAMES, (1, 2, 3, 4, 5)).to_json())
+    with pytest.raises(ModelError, match=message):
+        Card.from_json(json.dumps({**document, **change}))
+
+
+def test_classes_are_carried_over_by_name_and_new_ones_start_at_the_prior(tmp_path: Path) -> None:
+    path, source, _ = saved(tmp_path)
+    torch.manual_seed(1)
+    detector = Detector(source.config, 3)
+    transfer = transfer_weights(detector, ("dog", "fox", "bee"), path)
+    assert transfer.kept == ("dog", "bee")
+    assert transfer.new == ("fox",)
+    assert transfer.dropped == ("ant", "cat", "eel")
+    assert transfer.skipped == ()
+    head, old = detector.decoder.score_heads[1], source.decoder.score_heads[1]
+    assert torch.equal(head.weight[[0, 2]], old.weight[[3, 1]])
+    assert head.bias[1].item() == pytest.approx(focal_bias())
+    assert torch.equal(detector.label_embedding.weight[[0, 2, 3]], source.label_embedding.weight[[3, 1, 5]])
+    assert torch.equal(detector.backbone.stem.stem1.conv.weight, source.backbone.stem.stem1.conv.weight)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path, source, _ = saved(tmp_path)
+    other = Detector(replace(source.config, name="other", decoder=replace(source.config.decoder, layers=3)), 5)
+    with pytest.raises(ModelError, match="holds a 'tiny', the run trains a 'other'"):
+        transfer_weights(other, NAMES, path)
