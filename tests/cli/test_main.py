@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finedetr
+from finedetr.cli import ALIASES, VERBS, main
+from finedetr.cli.flags import SPELLINGS, spell
+from tests.train.small import draw
+
+SMALL = {
+    "model.encoder.width": 16,
+    "model.encoder.feedforward": 16,
+    "model.encoder.heads": 2,
+    "model.encoder.expansion": 0.34,
+    "model.encoder.depth": 0.34,
+    "model.decoder.width": 16,
+    "model.decoder.feedforward": 16,
+    "model.decoder.heads": 2,
+    "model.decoder.layers": 2,
+    "model.decoder.queries": 12,
+    "imgsz": 64,
+    "batch-size": 4,
+    "num-workers": 0,
+    "device": "cpu",
+}
+TINY = ["--model", "dfine-n", "--quiet", *(word for name, value in SMALL.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("data"), train=4, val=2)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    assert main(["train", "--data", str(data), "--out", str(out), "--epochs", "1", *TINY]) == 0
+    return out
+
+
+def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The one document on stdout."""
+    parsed = json.loads(capsys.readouterr().out)
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def test_help_answers_without_torch_and_at_once() -> None:
+    code = (
+        "import sys; from finedetr.cli import main; main(['--help']); "
+        "print(*[m for m in ('torch', 'numpy', 'tyro', 'rich') if m in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 1.5  # 0.04 s on a quiet machine
+    assert done.stdout.splitlines()[-1] == ""
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *ALIASES])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main([verb, "--help"])
+    except SystemExit as done:
+        status = int(done.code or 0)
+    said = capsys.readouterr().out
+    assert status == 0
+    assert "usage: finedetr" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["trian"], 2, "use.verb: no command is called 'trian'\n  Did you mean train"),
+        (["train"], 2, "use.required: train needs --data"),
+        (["train", "--data", "x", "--epoch", "3"], 2, "use.unknown_key: Unrecognized options: --epoch, 3\n  Perhaps"),
+        (["train", "--data", "x", "--epochs", "many"], 2, "use.type: Error parsing --epochs"),
+        (["train", "--data", "x", "--recipe", "demi"], 2, "no recipe is called 'demi'\n  Did you mean deim"),
+        (["train", "--data", "x", "--with", "lat-matching"], 2, "Did you mean late-matching"),
+        (["train", "--data", "x", "--model", "dfine-z"], 2, "no model is called 'dfine-z'"),
+        (["train", "--data", "x", "--size", "100", "64"], 2, "The nearest legal ones are 96 and 128"),
+        (["train", "--data", "x", "--objective.BoxGioU.wight", "1"], 2, "Unrecognized options"),
+        (["train", "--data", "x", "--objective.Giou.weight", "1"], 2, "the objective has no term 'Giou'"),
+        (["train", "--data", "nowhere"], 3, "data.none: nowhere does not exist"),
+        (["train", "--resume", "nowhere"], 4, "model.not_found: nowhere holds no run"),
+        (["train", "--weights", "nowhere", "--data", "x"], 4, "model.not_found: no weights at nowhere"),
+        (["eval", "nowhere"], 4, "model.not_found"),
+        (["predict", "nowhere", "x.jpg"], 4, "model.not_found"),
+        (["predict"], 2, "use.type: Missing from finedetr predict"),
+        (["data"], 2, "data needs an action"),
+        (["data", "chekc"], 2, "Did you mean check"),
+        (["data", "check", "nowhere"], 3, "data.none"),
+        (["info", "nowhere"], 4, "model.not_found"),
+        (["models", "show"], 2, "use.verb"),
+        (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_its_status(
+    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == status
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
+
+
+def test_errors_are_one_document_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "nowhere", "--json"]) == 3
+    said = document(capsys)
+    assert (said["ok"], said["command"], said["finedetr"]) == (False, "train", finedetr.__version__)
+    assert said["error"]["code"] == "data.none"
+    assert said["error"]["exit"] == 3
+
+
+def test_other_spellings_are_understood() -> None:
+    assert spell(["--imgsz", "320", "--batch_size=8"]) == ["--size", "320", "320", "--batch", "8"]
+    assert spell(["--size", "320", "640", "--conf", "0.3"]) == ["--size", "320", "640", "--threshold", "0.3"]
+    assert not set(SPELLINGS) & set(SPELLINGS.values())
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "a"), "--dry-run", "--lr", "1e-3"]
+    assert main([*words, "--objective.box-giou.weight", "3", *TINY]) == 0
+    said = capsys.readouterr().out
+    assert "objective  1·MatchabilityAware + 5·BoxL1 + 3·BoxGIoU" in said
+    assert "batch 4, as asked" in said
+    assert "learning rate 0.001, as asked" in said
+    assert "objective.BoxGIoU.weight" in said
+    assert "GiB" in said
+    assert main([*words, *TINY, "--json"]) == 0
+    result = document(capsys)["result"]
+    assert result["origins"]["lr"] == "flag"
+    assert result["origins"]["optimizer.clip"] == "deim"
+    assert result["memory_bytes"] > 30e6  # weights, gradients, moments and average alone
+    assert not (tmp_path / "a").exists()
+
+
+def test_training_is_not_repeated_over_a_run_and_goes_on(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", str(data), "--out", str(run), *TINY]) == 2
+    assert "use.exists" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--weights", str(run)]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--lr", "3"]) == 2
+    assert "these differ: lr" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--epochs", "2", "--device", "cpu", "--quiet", "--json"]) == 0
+    result = document(capsys)["result"]
+    assert (result["epochs"], result["run"]) == (2, str(run))
+    assert "AP50" in result
+
+
+def test_an_evaluation_prints_numbers_and_writes_results_in_original_ids(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["val", str(run), "--data", str(data), "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("metric\tvalue\nAP\t")
+    numbers = json.loads((tmp_path / "evaluation_val.json").read_text())
+    assert numbers["AP"] == json.loads((run / "evaluation.json").read_text())["AP"]
+    results = json.loads((tmp_path / "predictions_val.json").read_text())
+    assert {row["image_id"] for row in results} == {1, 2}
+    assert {row["category_id"] for row in results} <= {1, 2, 3, 5, 8, 13}
+    assert main([*words, "--json"]) == 0
+    assert document(capsys)["result"]["AP50"] == numbers["AP50"]
+
+
+def test_predictions_are_lines_and_pictures(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(run), str(data / "val"), "--out", str(tmp_path / "p"), "--device", "cpu"]
+    assert main([*words, "--conf", "0"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(line["picture"]).is_file() for line in lines] == [True, True]
+    assert lines[0]["detections"]
+    assert main([*words, "--no-draw", "--threshold", "1", "--json"]) == 0
+    assert [p["detections"] for p in document(capsys)["result"]["pictures"]] == [[], []]
+    one = str(next((data / "val").glob("*.jpg")))
+    assert main(["predict", str(run), one, one, "--out", str(tmp_path / "q"), "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "q").glob("*.jpg"))) == 2
+
+
+def test_info_models_env_and_data_check_answer(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run), "--json"]) == 0
+    assert document(capsys)["result"]["names"][0] == "disc"
+    assert main(["info", str(run)]) == 0
+    assert "input    64x64" in capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    table = {row["name"]: row["parameters"] for row in document(capsys)["result"]["models"]}
+    assert table["dfine-n"] == 3_782_693
+    assert main(["env", "--json"]) == 0
+    assert document(capsys)["result"]["packages"]["torch"]
+    assert main(["data", "check", str(data), "--size", "64"]) == 0
+    assert "train: 4 pictures" in capsys.readouterr().out
+    assert main(["data", "check", str(data), "--json"]) == 0
+    assert document(capsys)["result"]["splits"][0]["pictures"] == 4
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_its_numbers_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finedetr.cli import demo
+
+    monkeypatch.setattr(demo, "TRAIN", 16)
+    monkeypatch.setattr(demo, "VAL", 2)
+    monkeypatch.setattr(demo, "SIDE", 64)
+    out = tmp_path / "demo"
+    for _ in range(2):  # the second one replaces the first
+        assert main(["demo", "--out", str(out), "--minutes", "0.1", "--device", "cpu", "--quiet"]) == 0
+    numbers = json.loads((out / "evaluation.json").read_text())
+    assert {"AP", "AP50", "train_seconds", "steps", "model"} <= set(numbers)
+    assert numbers["train_seconds"] < 60
+    assert Path(numbers["sheet"]).is_file()
+    assert len(list((out / "predictions").glob("*.jpg"))) == 2
+    assert "pictures: " in capsys.readouterr().out
