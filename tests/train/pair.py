@@ -24,7 +24,7 @@ from tests.train.small import small_recipe
 
 def main(data: str, out: str, batch: str, case: str) -> None:
     torch.set_num_threads(1)
-    recipe = small_recipe(epochs=1, batch=int(batch))
+    recipe = small_recipe(epochs=1, batch=int(batch), precision="fp32")
     recipe = replace(recipe, augmentation=replace(recipe.augmentation, mixup=0.0), lr=1e-3)
     if case != "denoising":  # its noise differs from process to process
         # the balance of matched and unmatched queries is each process's own, as published

@@ -101,7 +101,7 @@ def test_a_missing_best_state_does_not_stop_the_plain_epochs(
 def test_a_time_budget_shortens_the_run_and_its_schedule(data: Path, tmp_path: Path) -> None:
     result = begin(request(data, tmp_path / "a", epochs=100_000, max_time=4.0))
     assert 1 <= result.epochs < 1000
-    assert result.seconds < 8
+    assert result.seconds < 20
     folder = RunFolder(tmp_path / "a")
     progress = load_state(folder.last)["progress"]
     assert progress["limit"] == 100_000
