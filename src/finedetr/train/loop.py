@@ -301,10 +301,12 @@ class Run:
             p.evaluating = self.watch.lap("evaluation")
             p.seconds += p.evaluating
         p.epoch, p.step = p.epoch + 1, 0
-        if self.recipe.max_time and p.epoch < p.epochs:
+        if self.recipe.max_time:
             (seconds,) = self.world.largest([p.seconds])
-            limit = p.limit if p.done < p.epochs / 2 else p.epochs  # late in the run only shorter
-            self._shorten(epochs_in_time(limit, p.done, seconds, self.recipe.max_time * MARGIN))
+            fit = epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+            # late in the run only shorter, unless the first steps had been so slow that much of the time is left
+            if p.done < p.epochs / 2 or fit < p.epochs or fit > 1.5 * p.epochs:
+                self._shorten(fit)
         if evaluated and p.restarts:
             self._judge_restart()
         if self.world.main and better:  # the best first: a crash in between leaves a state that does it again

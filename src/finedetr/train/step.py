@@ -49,14 +49,15 @@ class Precision:
 
     @classmethod
     def choose(cls, wanted: str, device: torch.device) -> Precision:
-        """Resolves `auto`: bf16 where the GPU computes in it, fp16 on older ones, fp32 elsewhere.
+        """Resolves `auto`: bf16 where the device computes in it (CPUs: with AMX), fp16 on older GPUs, fp32 elsewhere.
 
         Raises:
             UsageError: fp16 on a CPU, whose range is too small without a loss scaler that CPUs lack.
         """
         if wanted == "auto":
             if device.type != "cuda":
-                wanted = "fp32"
+                tiles = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+                wanted = "bf16" if tiles else "fp32"  # without matrix tiles bfloat16 is emulated, and slower
             else:
                 wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if wanted == "fp16" and device.type != "cuda":
