@@ -1,0 +1,1 @@
+"""Benchmarks: each a module with its command in the first lines."""

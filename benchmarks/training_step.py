@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.model.oracle import transformers_detector
 
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
@@ -34,7 +35,6 @@ from finedetr.supervise.terms import (
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
 from finedetr.train.step import Precision, step
-from tests.model.oracle import transformers_detector
 
 Step = Callable[[], float]
 
