@@ -216,7 +216,8 @@ class Recipe:
     max_time: float = 0.0
     """Seconds that the run may take; the schedule is shortened to end in time. 0 is off."""
     workers: int | None = None
-    """Processes that read pictures. Unset: up to 4, one less than there are cores. The batches do not depend on it."""
+    """Processes that read pictures. Unset: up to 4, and no more than there are cores to spare. The batches are the
+    same with any number."""
     compile: bool = False
     """Compile the detector with torch.compile."""
     channels_last: bool = True

@@ -20,6 +20,7 @@ from finedetr.train.log import Reporter
 from finedetr.train.loop import Data, Result, Run
 from finedetr.train.plan import share_of
 from finedetr.train.recipe import Recipe
+from finedetr.train.step import Precision
 
 __all__ = ["Request", "begin", "open_data", "resume", "saved_recipe"]
 
@@ -82,6 +83,8 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
     with open_world(request.device) as world:
         data = open_data(request.data, request.train_split, request.val_split, request.layout)
         recipe = request.recipe.resolve(len(data.train))
+        # resolved once, so that a run that is resumed on another machine goes on in the same numbers
+        recipe = replace(recipe, precision=Precision.choose(recipe.precision, world.device).name)
         share_of(recipe.batch or 1, world.size, recipe.accumulate)
         report = _examine(data, recipe)
         folder = RunFolder(request.out)

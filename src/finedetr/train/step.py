@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,11 +45,11 @@ def step(
 class Precision:
     """In what numbers the forward pass runs. Losses are always fp32."""
 
-    name: str
+    name: Literal["fp32", "bf16", "fp16"]
     device: torch.device
 
     @classmethod
-    def choose(cls, wanted: str, device: torch.device) -> Precision:
+    def choose(cls, wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
         """Resolves `auto`: bf16 where the device computes in it (CPUs: with AMX), fp16 on older GPUs, fp32 elsewhere.
 
         Raises:
