@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import replace
 
@@ -10,7 +9,6 @@ import pytest
 
 from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.evaluation import Evaluation
-from finedetr.evaluate.report import print_evaluation
 from tests.evaluate.cases import make_dataset
 
 LONG = "a class name that is much longer than eighty columns because somebody wrote a sentence into it, [bold]loudly[/]"
@@ -25,9 +23,7 @@ def evaluation() -> Evaluation:
 
 
 def test_a_pipe_gets_tab_separated_values_that_are_complete(evaluation: Evaluation) -> None:
-    stream = io.StringIO()
-    print_evaluation(evaluation, stream=stream)
-    blocks = [[line.split("\t") for line in block.splitlines()] for block in stream.getvalue().split("\n\n")]
+    blocks = [[line.split("\t") for line in block.splitlines()] for block in evaluation.table().split("\n\n")]
     assert dict(blocks[0])["AP"] == "1.000000"
     assert len(blocks[0]) == 13
     assert blocks[1][2] == ["medium", "1.000000", "1.000000", "1"]
