@@ -58,7 +58,7 @@ def demo_recipe(seconds: float) -> Recipe:
         batch=8,
         lr=2e-3,
         max_time=seconds,
-        schedule=replace(recipe.schedule, flat=0.4, plain=0.95, gamma=0.05),
+        schedule=replace(recipe.schedule, flat=0.55, plain=0.95, gamma=0.05),
         optimizer=replace(recipe.optimizer, betas=(0.9, 0.99)),  # a thousand steps are too few for a longer memory
         objective=recipe.objective.with_weights({"MatchabilityAware": 4.0}),
         denoising=replace(recipe.denoising, queries=60),
@@ -71,7 +71,7 @@ def demo_recipe(seconds: float) -> Recipe:
             crop=0.0,
             photometric=0.0,
         ),
-        evaluating=replace(recipe.evaluating, every=4),
+        evaluating=replace(recipe.evaluating, every=6),
     )
 
 

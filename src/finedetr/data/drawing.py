@@ -203,7 +203,7 @@ class _Scene:
 def draw_picture(
     random: np.random.Generator, size: tuple[int, int] = (192, 192), classes: int = len(SHAPES)
 ) -> Drawing:
-    """Draws one picture of 1 to 10 shapes.
+    """Draws one picture of up to 10 shapes, of which those without a free place are left out.
 
     Args:
         random: Where all its random numbers come from.
@@ -215,7 +215,7 @@ def draw_picture(
     scene = _Scene(random, np.zeros((height, width, 3), dtype=np.float32), owner)
     scene.canvas[:] = _ground(scene, height, width)
     _clutter(scene)
-    count = scene.integer(1, 11)
+    count = scene.integer(3, 11)
     for _ in range(count):
         _add_shape(scene, scene.integer(0, classes))
     _light(scene)
@@ -245,7 +245,7 @@ def _add_shape(scene: _Scene, label: int) -> None:
     height, width, _ = scene.canvas.shape
     short = min(height, width)
     # Sizes are uniform in the square root: small ones are common, large ones not rare.
-    root = scene.uniform(0.19, 0.52)
+    root = scene.uniform(0.21, 0.54)
     radius = max(root * root * short, 5.0)
     squash = scene.uniform(0.75, 1.0)
     # A rotation by rational functions of t, (1-t²)/(1+t²) and 2t/(1+t²): a point on the unit circle without a sine.
@@ -413,7 +413,7 @@ def _ground(scene: _Scene, height: int, width: int) -> Field:
 def _clutter(scene: _Scene) -> None:
     """Strokes, straight and bent, that are no shape of any class: not everything with an edge is an object."""
     height, width, _ = scene.canvas.shape
-    for _ in range(scene.integer(0, 6)):
+    for _ in range(scene.integer(0, 4)):
         color, strength, thick = _random_color(scene), scene.uniform(0.3, 0.9), scene.uniform(0.6, 3.0)
         x1, y1, x2, y2 = (scene.uniform(-0.2, 1.2) * side for side in (width, height, width, height))
         length = math.sqrt((x2 - x1) * (x2 - x1) + (y2 - y1) * (y2 - y1)) + 1.0
@@ -443,4 +443,4 @@ def _light(scene: _Scene) -> None:
     shape = (2, height, width, 3)
     noise = scene.random.random(shape, dtype=np.float32)
     scene.canvas *= light[..., None]
-    scene.canvas += (noise[0] - noise[1]) * scene.uniform(2.0, 26.0)
+    scene.canvas += (noise[0] - noise[1]) * scene.uniform(2.0, 12.0)
