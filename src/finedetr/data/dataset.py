@@ -235,7 +235,7 @@ def read_headers(draft: Draft, notes: list[Note], skip_missing: bool) -> list[He
         names = [file for file, _ in missing]
         message = f"{len(missing)} of {len(draft.files)} pictures are listed but absent: {listed(names)}"
         if len(missing) > TOLERATED_MISSING * len(draft.files) and not skip_missing:
-            hint = "Check the folder of the pictures, or use --skip-missing to go on without them."
+            hint = "Check the folder of the pictures, or take the missing ones off the list."
             raise DataError(message, code="missing_image", hint=hint)
         notes.append(Note("data.missing_image", "warn", f"{message}. They are left out.", tuple(names), len(names)))
     if broken:

@@ -79,7 +79,7 @@ def sniff(root: Path, layout: str | None = None) -> tuple[str, str]:
         raise DataError(
             f"{root} reads as {' and as '.join(found)} ({reasons})",
             code="ambiguous",
-            hint=f"Choose with --format {'|'.join(found)}.",
+            hint=f"Choose with --layout {'|'.join(found)}.",
         )
     if not found:
         raise DataError(f"no known layout under {root}. {looked_for(root)}", code="none")
