@@ -317,7 +317,7 @@ def test_a_folder_without_a_layout_says_what_was_looked_for(tmp_path: Path) -> N
 
 def test_two_layouts_in_one_folder_must_be_chosen_between(tmp_path: Path) -> None:
     coco(yolo(tmp_path, "1 .5 .5 .1 .1"), content())
-    with pytest.raises(DataError, match=r"--format coco\|yolo") as caught:
+    with pytest.raises(DataError, match=r"--layout coco\|yolo") as caught:
         open_dataset(tmp_path)
     assert caught.value.code == "data.ambiguous"
     assert open_dataset(tmp_path, layout="yolo").layout == "yolo"
