@@ -13,7 +13,7 @@ from finedetr.geometry import decode_edges, inverse_sigmoid
 from finedetr.model.attention import DeformableAttention, SelfAttention
 from finedetr.model.config import DecoderConfig
 from finedetr.model.heads import BinTable, LocationQuality, expected_distances
-from finedetr.model.layers import MLP, activation, focal_bias
+from finedetr.model.layers import ACTIVATIONS, MLP, focal_bias
 
 __all__ = ["Decoder", "DecoderLayer", "Refinement"]
 
@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(width, config.feedforward)
         self.linear2 = nn.Linear(config.feedforward, width)
         self.norm3 = nn.LayerNorm(width)
-        self.act = activation(config.activation)
+        self.act = ACTIVATIONS[config.activation]
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 

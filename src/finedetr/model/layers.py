@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "activation", "focal_bias"]
+__all__ = ["ACTIVATIONS", "MLP", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "focal_bias"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function behind a name of a configuration."""
-    return ACTIVATIONS[name]
 
 
 def focal_bias(prior: float = 0.01) -> float:

@@ -126,12 +126,14 @@ def save_weights(path: str | Path, detector: nn.Module, card: Card) -> Path:
     return path
 
 
-def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _open(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and, where asked for, tensors of a safetensors file."""
     if not path.is_file():
         raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys()) if tensors else []
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is no readable safetensors file: {error}", code="schema") from error
 
@@ -143,14 +145,7 @@ def read_card(path: str | Path) -> Card:
         ModelError: The file is absent, unreadable, or carries no card.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no readable safetensors file: {error}", code="schema") from error
-    return _card(metadata, path)
+    return _card(_open(path, tensors=False)[0], path)
 
 
 def _card(metadata: dict[str, str], path: Path) -> Card:
