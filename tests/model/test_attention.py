@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from finedetr.model.attention import DeformableAttention, _WeightedSamples
+from finedetr.model.attention import DeformableAttention
 
 
-def test_weighted_samples_equal_the_plain_form_and_its_gradients() -> None:
+def test_the_sum_of_corners_equals_grid_sample_and_its_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
-    level = torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.double)
-    places = 2.4 * torch.rand(3, 2, 7, 2, generator=generator, dtype=torch.double) - 1.2  # some outside
-    weights = torch.rand(3, 2, 7, generator=generator, dtype=torch.double)
-    upstream = torch.randn(3, 4, 7, generator=generator, dtype=torch.double)
+    attention = DeformableAttention(8, 2, (3, 2, 1))
+    maps = [torch.randn(2, 8, h, w, generator=generator) for h, w in ((9, 6), (4, 3), (1, 2))]
+    maps[0] = maps[0].to(memory_format=torch.channels_last)
+    places = 1.6 * torch.rand(2, 7, 2, 6, 2, generator=generator) - 0.3  # some outside, some half outside
+    places[0, 0, 0, :, 0] = torch.tensor([-5.0, 6.0, 0.0, 1.0, 0.5, 0.25])
+    weights = torch.rand(2, 7, 2, 6, generator=generator)
+    upstream = torch.randn(2, 7, 8, generator=generator)
     results = []
-    for fast in (True, False):
-        inputs = [t.clone().requires_grad_() for t in (level, places, weights)]
-        if fast:
-            out = _WeightedSamples.apply(*inputs)
-        else:
-            out = (F.grid_sample(inputs[0], inputs[1], align_corners=False) * inputs[2][:, None]).sum(dim=2)
+    for way in (attention._sum_of_corners, attention._sum_of_samples):
+        inputs = [t.clone().requires_grad_() for t in (places, weights, *maps)]
+        out = way(inputs[0], inputs[1], tuple(inputs[2:]))
         out.backward(upstream)
         results.append([out, *(t.grad for t in inputs)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, atol=2e-6, rtol=1e-4)
 
 
 def test_points_start_on_rays_one_direction_a_head() -> None:

@@ -117,6 +117,9 @@ def test_bf16_keeps_the_losses_in_fp32() -> None:
 
 def test_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert Precision.choose("auto", CPU).name == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     assert Precision.choose("auto", CPU).name == "fp32"
     assert Precision.choose("bf16", CPU).name == "bf16"
     with pytest.raises(UsageError, match="fp16 training needs a CUDA device"):

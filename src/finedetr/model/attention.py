@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,43 +77,125 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
     )
 
 
-class _WeightedSamples(torch.autograd.Function):
-    """Σ_p weight_p · grid_sample(level, place_p), for one level of the pyramid, on the CPU.
+@dataclass(frozen=True)
+class _Grid:
+    """Where the cells of all levels stand in one table, each level with a border of one zero cell."""
 
-    The plain form multiplies the samples [M, D, P, N] by their weights into a second tensor of that size, and its
-    backward pass into three more. Point by point the products stay in the cache: the same numbers, half the traffic.
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of each level, without the border
+    points: tuple[int, ...]  # places that a head looks at on each level
+
+    def levels(self) -> Iterator[tuple[int, int, int]]:
+        """First cell, one past the last, and cells in a line."""
+        start = 0
+        for height, width in self.sizes:
+            stop = start + (height + 2) * (width + 2)
+            yield start, stop, width + 2
+            start = stop
+
+    def of_points(self, values: Sequence[object]) -> Tensor:
+        """What is given for each level, for each point."""
+        return torch.tensor(values).repeat_interleave(torch.tensor(self.points), dim=0)
+
+
+class _WeightedCorners(torch.autograd.Function):
+    """Deformable attention's sum on the CPU: every output row is a weighted sum of a few rows of the memory.
+
+    Bilinear samples are never written down. For each of the four corners of the cell in which a place lies, row numbers
+    and weights form a sparse matrix A: the answer is A·values, the gradient of the values Aᵀ·grad, that of A's entries
+    the dot product of two rows each. The maps carry a border of zeros, so that no corner can be missing.
     """
 
     @staticmethod
-    def forward(ctx: Any, level: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        samples = torch.ops.aten.grid_sampler_2d(level, places, 0, 0, False)
-        ctx.save_for_backward(level, places, weights, samples)
-        total: Tensor = samples[:, :, 0] * weights[:, None, 0]
-        for point in range(1, samples.shape[2]):
-            total.addcmul_(samples[:, :, point], weights[:, None, point])
-        return total
+    def forward(ctx: Any, values: Tensor, places: Tensor, weights: Tensor, grid: _Grid) -> Tensor:
+        """The sum [B, N, heads, D].
+
+        Args:
+            ctx: What `backward` reads.
+            values: Cells of all levels [B, L, heads, D].
+            places: Where to look, in 0..1 [2 (x, y), B, N, heads, P].
+            weights: How much of it [B, N, heads, P].
+            grid: Which cell is where.
+        """
+        batch, cells, heads, width = values.shape
+        sizes = grid.of_points([(float(w), float(h)) for h, w in grid.sizes]).T[:, None, None, None]
+        line = grid.of_points([line for *_, line in grid.levels()]).int()
+        starts = grid.of_points([start for start, *_ in grid.levels()]).int()
+        wanted = places * sizes - 0.5
+        pixel = torch.minimum(wanted.clamp(min=-1), sizes)
+        low = torch.minimum(pixel.floor(), sizes - 1)
+        share = pixel - low
+        x, y = low.to(torch.int32)
+        origin = (torch.arange(batch, dtype=torch.int32) * cells)[:, None, None, None] + (starts + line + 1)
+        row = (origin + y * line + x) * heads + torch.arange(heads, dtype=torch.int32)[:, None]
+        ctx.grid = grid
+        ctx.save_for_backward(values, share, pixel == wanted, weights, sizes, row, line)
+        table = values.reshape(-1, width)
+        out = table.new_zeros(())
+        for (down, right), entries in zip(_CORNERS, _entries(share, weights), strict=True):
+            rows = row + (line * down + right) * heads
+            out = out + F.embedding_bag(_flat(rows), table, mode="sum", per_sample_weights=_flat(entries))
+        return out.view(*weights.shape[:3], width)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        level, places, weights, samples = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_samples, to_weights = torch.empty_like(samples), torch.empty_like(weights)
-        for point in range(samples.shape[2]):
-            torch.mul(grad, weights[:, None, point], out=to_samples[:, :, point])
-            torch.sum(grad * samples[:, :, point], dim=1, out=to_weights[:, point])
-        to_level, to_places = torch.ops.aten.grid_sampler_2d_backward(
-            to_samples, level, places, 0, 0, False, (True, True)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        values, share, inside, weights, sizes, row, line = ctx.saved_tensors
+        table = values.reshape(-1, values.shape[-1])
+        grad = grad.reshape(-1, table.shape[-1])
+        heads, points = weights.shape[-2:]
+        # Aᵀ: places in the order of their cells; the other corners are the same list, moved
+        order = row.flatten().sort().indices
+        queries = order // points
+        counts = torch.bincount(row.flatten(), minlength=table.shape[0])
+        starts = counts.cumsum(0) - counts
+        bounds = torch.arange(0, row.numel() + 1, points, dtype=torch.int32)
+        to_values = torch.zeros_like(values)
+        products: list[Tensor] = []
+        for (down, right), entries in zip(_CORNERS, _entries(share, weights), strict=True):
+            own = F.embedding_bag(queries, grad, starts, mode="sum", per_sample_weights=entries.flatten()[order])
+            for first, stop, cells in ctx.grid.levels():
+                moved = cells * down + right
+                to_values[:, first + moved : stop] += own.view_as(values)[:, first : stop - moved]
+            rows = row + (line * down + right) * heads
+            products.append(_row_products(bounds, rows.flatten(), grad, table).view_as(weights))
+        x, y = share.unbind()
+        left, right, below_left, below_right = products
+        above, below = torch.lerp(left, right, x), torch.lerp(below_left, below_right, x)
+        to_places = torch.empty_like(share)
+        torch.mul(torch.lerp(right - left, below_right - below_left, y), weights, out=to_places[0])
+        torch.mul(below - above, weights, out=to_places[1])
+        return to_values, to_places.mul_(sizes).masked_fill_(~inside, 0), torch.lerp(above, below, y), None
+
+
+_CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (down, right) of the upper left one
+
+
+def _entries(share: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """For each corner, its part of every place times the place's weight.
+
+    Args:
+        share: How far the place is from the upper left corner towards its neighbours [2 (x, y), B, N, heads, P].
+        weights: Of the places [B, N, heads, P].
+    """
+    for of_line in (weights * (1 - share[1]), weights * share[1]):
+        of_right = of_line * share[0]
+        yield of_line - of_right
+        yield of_right
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, N, heads, P] as rows of P."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _row_products(bounds: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left[i]·right[columns[k]] for all k in bounds[i] .. bounds[i + 1] - 1."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        out = torch.sparse_csr_tensor(
+            bounds, columns, torch.zeros(columns.numel()), (left.shape[0], right.shape[0]), check_invariants=False
         )
-        return to_level, to_places, to_weights
-
-
-def _sample(level: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Weighted samples of one level: [M, D, H, W] at [M, P, N, 2] with weights [M, P, N] to [M, D, N]."""
-    if level.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out: Tensor = _WeightedSamples.apply(level, places, weights)  # type: ignore[no-untyped-call]
-        return out
-    samples: Tensor = F.grid_sample(level, places, align_corners=False)
-    return (samples * weights[:, None]).sum(dim=2)
+    products: Tensor = torch.sparse.sampled_addmm(out, left, right.t(), beta=0.0, out=out).values()
+    return products
 
 
 class DeformableAttention(nn.Module):
@@ -151,19 +236,36 @@ class DeformableAttention(nn.Module):
         memory: tuple[Float[Tensor, "B D H W"], ...],
     ) -> Float[Tensor, "B N D"]:
         """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1])."""
-        batch, queries, width = x.shape
+        batch, queries, _ = x.shape
         offsets = self.sampling_offsets(x).view(batch, queries, self.heads, -1, 2).float()
-        weights = self.attention_weights(x).view(batch, queries, self.heads, -1)
+        weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
         boxes = boxes[:, :, None, None]
-        # in grid_sample's -1..1; then [B, N, heads, P, 2] -> [B·heads, P, N, 2]: with the queries innermost, the
-        # weighted sum below runs over long contiguous rows
-        places = (2 * boxes[..., :2] - 1) + offsets * (2 * self.reach) * boxes[..., 2:]
-        places = places.permute(0, 2, 3, 1, 4).flatten(0, 1)
-        weights = weights.permute(0, 2, 3, 1).flatten(0, 1).float().softmax(dim=1)
-        seen = x.new_zeros((), dtype=torch.float32)
+        places = boxes[..., :2] + offsets * self.reach * boxes[..., 2:]  # [B, N, heads, P, 2]
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            seen = self._sum_of_corners(places, weights, memory)
+        else:
+            seen = self._sum_of_samples(places, weights, memory)
+        return seen.to(x.dtype)
+
+    def _sum_of_corners(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
+        """For the CPU: a sparse product."""
+        padded = [F.pad(level.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2) for level in memory]
+        out: Tensor = _WeightedCorners.apply(  # type: ignore[no-untyped-call]
+            torch.cat(padded, dim=1).float().unflatten(-1, (self.heads, -1)),
+            places.movedim(-1, 0).contiguous(),
+            weights,
+            _Grid(tuple((level.shape[-2], level.shape[-1]) for level in memory), self.points),
+        )
+        return out.flatten(2)
+
+    def _sum_of_samples(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
+        """For accelerators and graphs: `grid_sample`, whose places go from -1 to 1, with the queries innermost."""
+        places = (2 * places - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B·heads, P, N, 2]
+        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)
+        seen = weights.new_zeros(())
         parts = zip(memory, places.split(self.points, dim=1), weights.split(self.points, dim=1), strict=True)
         for level, grid, weight in parts:
-            heads = level.reshape(batch * self.heads, width // self.heads, *level.shape[-2:]).float()
-            seen = seen + _sample(heads, grid, weight)  # [B·heads, D/heads, N]
-        out: Tensor = seen.view(batch, width, queries).transpose(1, 2).to(x.dtype)
-        return out
+            split = level.reshape(grid.shape[0], -1, *level.shape[-2:]).float()
+            samples = F.grid_sample(split, grid, align_corners=False)  # [B·heads, D/heads, P, N]
+            seen = seen + (samples * weight[:, None]).sum(dim=2)
+        return seen.view(memory[0].shape[0], -1, seen.shape[-1]).transpose(1, 2)

@@ -5,7 +5,9 @@ Started by `torchrun`, whose variables are RANK, WORLD_SIZE and LOCAL_RANK; with
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,6 +128,8 @@ def open_world(device: str = "auto") -> Iterator[World]:
     chosen = choose_device(device, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     if size == 1:
         yield World(device=chosen)
         return
@@ -146,6 +150,21 @@ def open_world(device: str = "auto") -> Iterator[World]:
         yield World(rank, size, chosen)
     finally:
         distributed.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep freed memory for the next tensor instead of giving it back to the system.
+
+    A training step on the CPU frees and takes hundreds of megabytes; every page that comes anew from the system costs a
+    fault, on a virtual machine ten microseconds and more. Only glibc has the setting; elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    setting = getattr(ctypes.CDLL(None), "mallopt", None)
+    if setting is None:
+        return
+    for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_, M_TRIM_THRESHOLD, M_TOP_PAD
+        setting(option, value)
 
 
 def _variable(name: str, default: int) -> int:

@@ -41,6 +41,12 @@ def step(
     return objective(output, targets)
 
 
+def _cpu_computes_in_bfloat16() -> bool:
+    """Whether products of bfloat16 have instructions of their own; emulated, they are slower than float32."""
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
 @dataclass(frozen=True)
 class Precision:
     """In what numbers the forward pass runs. Losses are always fp32."""
@@ -50,15 +56,14 @@ class Precision:
 
     @classmethod
     def choose(cls, wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
-        """Resolves `auto`: bf16 where the device computes in it (CPUs: with AMX), fp16 on older GPUs, fp32 elsewhere.
+        """Resolves `auto`: bf16 where the device computes in it, fp16 on older GPUs, fp32 elsewhere.
 
         Raises:
             UsageError: fp16 on a CPU, whose range is too small without a loss scaler that CPUs lack.
         """
         if wanted == "auto":
             if device.type != "cuda":
-                tiles = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-                wanted = "bf16" if tiles else "fp32"  # without matrix tiles bfloat16 is emulated, and slower
+                wanted = "bf16" if device.type == "cpu" and _cpu_computes_in_bfloat16() else "fp32"
             else:
                 wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if wanted == "fp16" and device.type != "cuda":
