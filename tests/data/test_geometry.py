@@ -105,6 +105,20 @@ def test_boxes_lie_on_their_pixels_in_every_window(tmp_path: Path, suffix: str, 
     assert checked["mosaic"] >= 3
 
 
+@pytest.mark.parametrize("size", [(160, 160), (96, 192)])
+def test_boxes_turn_with_their_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
+    dataset = painted(tmp_path, [(300, 200), (201, 333), (256, 256)])
+    turning = Augmentation(photometric=0, quarter_turns=1.0)
+    seen, checked = set(), 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        plan = plan_sample(rng, dataset, seed % 3, turning, Active("standard", standard=True), size)
+        seen.add(plan.quarters)
+        checked += compare(plan, dataset)
+    assert seen == ({1, 2, 3} if size[0] == size[1] else {2})
+    assert checked > 10
+
+
 def test_a_large_jpeg_is_decoded_small_and_its_boxes_still_fit(tmp_path: Path) -> None:
     dataset = painted(tmp_path, [(1001, 805), (2003, 1203)], ".jpg", each=2)
     for index, reduce in ((0, 4), (1, 4)):

@@ -21,6 +21,7 @@ from finedetr.data.transforms import (
     settle,
     snap,
     transform_boxes,
+    turn_quarters,
     whole_edges,
 )
 
@@ -37,10 +38,14 @@ def plan_sample(
 ) -> Plan:
     """The plan of one training picture of size (H, W) in a window of the schedule."""
     if active.mosaic and rng.random() < augmentation.mosaic:
-        return plan_mosaic(rng, dataset, index, augmentation, size)
-    if active.standard:
-        return plan_standard(rng, dataset, index, augmentation, size)
-    return plan_plain(rng, dataset, index, augmentation, size)
+        plan = plan_mosaic(rng, dataset, index, augmentation, size)
+    elif active.standard:
+        plan = plan_standard(rng, dataset, index, augmentation, size)
+    else:
+        plan = plan_plain(rng, dataset, index, augmentation, size)
+    if augmentation.quarter_turns and rng.random() < augmentation.quarter_turns:
+        plan = turn_quarters(rng, plan)
+    return plan
 
 
 def plan_mosaic(

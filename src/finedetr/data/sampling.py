@@ -61,11 +61,13 @@ def draw(plan: Plan, loader: Loader, out: UInt8[Tensor, "H W 3"], scratch: Scrat
         floats = scratch.empty((1, *plan.canvas, 3), torch.float32)
         floats.copy_(canvas[None])
         turn_canvas(floats, plan.turn, plan.color, out)
-        return
-    if not plan.tiles or plan.tiles[0].target != (0, 0, plan.size[1], plan.size[0]):
-        out.zero_()
-    for tile in plan.tiles:
-        draw_tile(tile, loader, out, plan.color, plan.flip)
+    else:
+        if not plan.tiles or plan.tiles[0].target != (0, 0, plan.size[1], plan.size[0]):
+            out.zero_()
+        for tile in plan.tiles:
+            draw_tile(tile, loader, out, plan.color, plan.flip)
+    if plan.quarters:
+        out.copy_(out.rot90(plan.quarters))  # rot90 makes a copy of its own
 
 
 def draw_tile(

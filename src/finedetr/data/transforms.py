@@ -9,7 +9,7 @@ Probabilities and ranges are those of D-FINE (Peng et al., 2024) and DEIM (Huang
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +45,14 @@ class Augmentation:
     crop_overlaps: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     crop_trials: int = 40
     flip: float = 0.5
+    quarter_turns: float = 0.0  # for pictures that have no up, such as cells or views from above
     min_size: float = 1.0  # boxes thinner than this many pixels are dropped, on the canvas and in the network's input
     mixup: float = 0.5  # of a batch, in the mosaic window
     mixup_share: tuple[float, float] = (0.45, 0.55)
     multi_scale_repeat: int | None = 3  # how often the base size stands in the list of sizes; None: one size only
 
     def __post_init__(self) -> None:
-        for name in ("mosaic", "photometric", "zoom_out", "crop", "flip", "mixup"):
+        for name in ("mosaic", "photometric", "zoom_out", "crop", "flip", "quarter_turns", "mixup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augmentation.{name}: wanted a probability in 0..1; got {getattr(self, name)}")
         for name in ("mosaic_scale", "zoom_out_side", "crop_scale", "crop_aspect"):
@@ -193,8 +194,8 @@ class Tile:
 class Plan:
     """A training picture before its pixels: tiles on a canvas, how the canvas turns into the output, color, truth.
 
-    `turn` maps canvas pixels to output pixels; None: the canvas is the output, mirrored if `flip`.
-    `truth` holds boxes in output pixels, clipped.
+    `turn` maps canvas pixels to output pixels; None: the canvas is the output, mirrored if `flip`. At the very end the
+    output makes so many `quarters` of a turn to the left. `truth` holds boxes in output pixels, clipped.
     """
 
     size: tuple[int, int]  # (H, W) of the output
@@ -204,6 +205,7 @@ class Plan:
     color: Color | None = None
     flip: bool = False
     turn: Matrix | None = None
+    quarters: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------------ geometry
@@ -252,6 +254,17 @@ def settle(truth: Truth, size: tuple[int, int], thinnest: tuple[float, float]) -
 def mirror(boxes: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Boxes of a picture flipped left to right."""
     return np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
+
+
+def turn_quarters(rng: np.random.Generator, plan: Plan) -> Plan:
+    """The plan with its output turned by 90, 180 or 270 degrees; by 180 alone where it is not square."""
+    quarters = int(rng.integers(1, 4)) if plan.size[0] == plan.size[1] else 2
+    height, width = plan.size
+    boxes = plan.truth.boxes
+    for _ in range(quarters):  # to the left: (x, y) -> (y, width - x)
+        boxes = np.stack((boxes[:, 1], width - boxes[:, 2], boxes[:, 3], width - boxes[:, 0]), 1)
+        height, width = width, height
+    return replace(plan, truth=Truth(boxes, plan.truth.labels, plan.truth.area), quarters=quarters)
 
 
 def limits(augmentation: Augmentation, size: tuple[int, int], canvas: tuple[float, float]) -> tuple[float, float]:

@@ -150,12 +150,12 @@ class _WeightedCorners(torch.autograd.Function):
         bounds = torch.arange(0, row.numel() + 1, points, dtype=torch.int32)
         to_values = torch.zeros_like(values)
         products: list[Tensor] = []
-        for (down, right), entries in zip(_CORNERS, _entries(share, weights), strict=True):
+        for (down, over), entries in zip(_CORNERS, _entries(share, weights), strict=True):
             own = F.embedding_bag(queries, grad, starts, mode="sum", per_sample_weights=entries.flatten()[order])
             for first, stop, cells in ctx.grid.levels():
-                moved = cells * down + right
+                moved = cells * down + over
                 to_values[:, first + moved : stop] += own.view_as(values)[:, first : stop - moved]
-            rows = row + (line * down + right) * heads
+            rows = row + (line * down + over) * heads
             products.append(_row_products(bounds, rows.flatten(), grad, table).view_as(weights))
         x, y = share.unbind()
         left, right, below_left, below_right = products
