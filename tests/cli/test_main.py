@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import finedetr
 from finedetr.cli import ALIASES, VERBS, main
@@ -206,6 +207,28 @@ def test_info_models_env_and_data_check_answer(run: Path, data: Path, capsys: py
     assert "train: 4 pictures" in capsys.readouterr().out
     assert main(["data", "check", str(data), "--json"]) == 0
     assert document(capsys)["result"]["splits"][0]["pictures"] == 4
+
+
+def test_weights_are_converted_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from finedetr.model.detector import Detector
+    from finedetr.model.weights import Card, load_weights, save_weights
+    from finedetr.model.zoo import variant
+
+    detector = Detector(variant("dfine-n"), 2)
+    start = save_weights(tmp_path / "a.safetensors", detector, Card(detector.config, ("hen", "egg"), (1, 2)))
+    assert main(["models", "convert", str(start), str(tmp_path / "hf"), "--to", "transformers"]) == 0
+    assert main(["models", "convert", str(tmp_path / "hf"), str(tmp_path / "b.safetensors")]) == 0
+    assert "dfine-n, 2 classes" in capsys.readouterr().out
+    back, card = load_weights(tmp_path / "b.safetensors")
+    assert card.names == ("hen", "egg")
+    ours = detector.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in back.state_dict().items() if "tracked" not in key)
+    assert main(["models", "convert", str(start), str(tmp_path / "hf"), "--to", "transformers"]) == 2
+    assert "use.exists" in capsys.readouterr().err
+    assert main(["models", "convert", str(start), str(tmp_path / "c.bin")]) == 2
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    assert main(["models", "convert", str(tmp_path / "broken.pth"), str(tmp_path / "d.safetensors")]) != 0
+    assert "no checkpoint that holds numbers only" in capsys.readouterr().err
 
 
 @pytest.mark.slow

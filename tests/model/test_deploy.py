@@ -58,7 +58,7 @@ def test_fusing_leaves_the_original_alone() -> None:
 SCRIPT = """
 import sys, torch
 from finedetr.model.deploy import deployed
-from tests.model.test_detector import tiny
+from tests.model import test_detector, test_rtdetrv2
 
 class Answers(torch.nn.Module):
     def __init__(self, detector):
@@ -69,7 +69,7 @@ class Answers(torch.nn.Module):
         return matching.logits[-1], matching.boxes[-1]
 
 how, shipped = sys.argv[1], sys.argv[2] == "deployed"
-detector = tiny().eval()
+detector = {"dfine": test_detector, "rtdetrv2": test_rtdetrv2}[sys.argv[3]].tiny().eval()
 model = Answers(deployed(detector) if shipped else detector).eval()
 images = torch.rand(2, 3, 64, 96)
 with torch.inference_mode(False), torch.no_grad():
@@ -85,7 +85,9 @@ for a, b in zip(eager, other, strict=True):
 
 
 @pytest.mark.parametrize(("how", "form"), [("export", "plain"), ("export", "deployed"), ("aot_eager", "plain")])
-def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str) -> None:
+@pytest.mark.parametrize("family", ["dfine", "rtdetrv2"])
+def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str, family: str) -> None:
     # in a process of its own: the shape checks of the tests would break the graph
-    done = subprocess.run([sys.executable, "-c", SCRIPT, how, form], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", SCRIPT, how, form, family]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.model.zoo import ZOO, variant
 from finedetr.recipes import PAPERS, RECIPES, build
 from finedetr.recipes.published import DEIM, DFINE, row
-from finedetr.supervise.matching import QualityCost
+from finedetr.supervise.matching import PerStage, QualityCost
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.recipe import Average, Recipe, Schedule
 from finedetr.train.schedule import FlatCosine, WarmupConstant
@@ -82,6 +82,18 @@ def test_deim_takes_the_twin_of_a_published_variant_and_leaves_others_alone() ->
     assert build(TINY, "deim", random_start=False).model == TINY
 
 
+def test_deim_on_plain_boxes_takes_the_objective_of_rt_detrv2() -> None:
+    recipe = build(variant("rtdetrv2-r18"), random_start=False)
+    assert recipe.model == ZOO["deim-rtdetrv2-r18"]
+    assert recipe.objective.names == ("MatchabilityAware", "BoxL1", "BoxGIoU")
+    assert isinstance(recipe.objective.policy, PerStage)
+    assert (recipe.optimizer.lr, recipe.optimizer.batch, recipe.epochs) == (2e-4, 16, 120)
+    published = build(variant("rtdetrv2-r101"), "rtdetrv2", random_start=False)
+    assert published.optimizer.lr * published.optimizer.backbone == pytest.approx(1e-6)
+    with pytest.raises(UsageError, match="refines distributions of edges, and rtdetrv2-r18 has plain boxes"):
+        build(variant("rtdetrv2-r18"), "dfine", random_start=False)
+
+
 def test_a_short_run_warms_up_and_remembers_in_proportion() -> None:
     recipe = build(variant("dfine-n"), random_start=True).resolve(200)
     total = 10 * (200 // (recipe.batch or 0))
@@ -129,8 +141,11 @@ def test_resolving_twice_changes_nothing() -> None:
 @pytest.mark.parametrize("name", [*RECIPES, *PAPERS])
 def test_every_recipe_survives_json(name: str) -> None:
     extras = () if name in RECIPES else (name,)
-    recipe = build(variant("dfine-m"), name if name in RECIPES else "deim", extras, random_start=False)
-    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    for model in ("dfine-m", "rtdetrv2-r18"):
+        if model.startswith("rtdetrv2") and name == "dfine":
+            continue
+        recipe = build(variant(model), name if name in RECIPES else "deim", extras, random_start=False)
+        assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
 def test_every_recipe_states_its_paper_and_what_to_expect() -> None:

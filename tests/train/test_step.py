@@ -9,7 +9,7 @@ from torch import nn
 
 from finedetr.errors import DivergedError, UsageError
 from finedetr.model.detector import Detector
-from finedetr.records import Targets
+from finedetr.records import QueryGroup, Targets
 from finedetr.supervise.denoising import Denoising
 from finedetr.supervise.matching import PerStage
 from finedetr.supervise.objective import Objective
@@ -18,6 +18,7 @@ from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
 from finedetr.train.step import Precision, Updater, generator_for, parts_of
+from tests.model.test_rtdetrv2 import TINY_RTDETR
 from tests.train.tiny import TINY
 
 NAMES = ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
@@ -74,6 +75,22 @@ def test_steps_learn_clip_and_move_the_average() -> None:
     assert not torch.equal(before, update.average.model.state_dict()["backbone.stem.stem1.conv.weight"])
     assert update.average.updates == 25
     assert all(p.grad is None for p in update.parameters)
+
+
+def test_plain_boxes_learn_with_denoising_queries() -> None:
+    torch.manual_seed(0)
+    detector = Detector(TINY_RTDETR, 3).train()
+    optimizer = adamw(parameter_groups(detector, lr=3e-3, weight_decay=0.0))
+    learner = Updater(detector, optimizer, MovingAverage(detector, 0.5, 0), Precision("fp32", CPU), World(), 0.1)
+    images, targets = batch()
+
+    def noisy(t: Targets) -> QueryGroup:
+        return Denoising()(t, 3, torch.Generator().manual_seed(0))
+
+    reports = [learner(images, targets, NAMES, (noisy,), OBJECTIVE) for _ in range(20)]
+    assert reports[-1].loss < 0.9 * reports[0].loss
+    for stage in ("encoder", "layer0", "layer1", "layer2"):
+        assert any(stage in name for name in reports[0].losses), stage
 
 
 def test_a_batch_without_any_target_changes_every_parameter_group_without_a_fault() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finedetr._version import __version__
 from finedetr.cli.flags import output, parse, spell
 from finedetr.data.drawing import draw_dataset
 from finedetr.errors import UsageError
@@ -130,7 +131,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 def _drawings(flags: Demo) -> Path:
     """The drawn data set: as it is where the same one is there already."""
     folder = flags.out / "drawings"
-    wanted = {"train": TRAIN, "val": VAL, "side": SIDE, "seed": flags.seed}
+    wanted = {"finedetr": __version__, "train": TRAIN, "val": VAL, "side": SIDE, "seed": flags.seed}
     note = folder / "drawn.json"
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
         return folder

@@ -54,6 +54,8 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         "memory_bytes": memory,
         "out": str(request.out),
     }
+    parts = [name for name in ("mosaic", "mixup") if getattr(recipe.augmentation, name)]
+    dense = f"{' and '.join(parts)} from {windows.start} to {windows.mosaic_end}" if parts else "no mosaic, no mixup"
     width = max(map(len, values))
     lines = [f"{key:{width}}  {_short(value)}  ({origins[key]})" for key, value in values.items()]
     lines += [
@@ -61,8 +63,8 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         f"data       {data.train.evidence}; {pictures} pictures, {len(data.train.labels)} boxes",
         f"model      {recipe.model.name}, {len(data.train.categories)} classes, {recipe.size[0]}x{recipe.size[1]}",
         f"objective  {recipe.objective.formula()}",
-        f"plan       {recipe.epochs} epochs x {plan.steps} steps; mosaic from {windows.start} to {windows.mosaic_end}, "
-        f"plain from {windows.plain_from}; warm-up {recipe.schedule.warmup_of(plan.total)} steps",
+        f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
+        f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         f"average    decay {plan.decay:.6g}",
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),

@@ -31,7 +31,7 @@ class Eval:
     """
 
     weights: Annotated[Path, tyro.conf.Positional]
-    """A run's folder (its best weights) or a .safetensors file."""
+    """A run's folder (its best weights), a weight file, a folder of transformers, or a name such as dfine-s-coco."""
     data: Path | None = None
     """The data set. Unset: that of the run."""
     split: str = "val"
@@ -84,6 +84,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         progress=_progress,
     )
     folder = flags.out or (flags.weights if flags.weights.is_dir() else file.parent)
+    if flags.out is None and not flags.weights.exists():  # a published name: nothing goes into the Hub's cache
+        folder = Path()
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
     numbers = _write(folder / f"evaluation_{flags.split}.json", document)
     results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())

@@ -26,7 +26,7 @@ class Predict:
     """Detect in pictures: annotated copies and predictions.jsonl in a folder, JSON lines on stdout."""
 
     weights: Annotated[Path, tyro.conf.Positional]
-    """A run's folder (its best weights) or a .safetensors file."""
+    """A run's folder (its best weights), a weight file, a folder of transformers, or a name such as dfine-s-coco."""
     source: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Pictures, folders, globs."""
     out: Path = Path("runs/predict")

@@ -38,7 +38,7 @@ class Train:
     with_: Annotated[tuple[str, ...], tyro.conf.arg(name="with")] = ()
     """Papers and variations on top of it."""
     weights: Path | None = None
-    """Start from these weights (a run or a .safetensors file); classes are carried over by name."""
+    """Start from these weights (a run, a weight file or a published name); classes are carried over by name."""
     out: Path | None = None
     """Folder of the run. Unset: runs/DATA-MODEL."""
     resume: Path | None = None

@@ -199,7 +199,7 @@ def _row_products(bounds: Tensor, columns: Tensor, left: Tensor, right: Tensor) 
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention without value and output projection (D-FINE, spec 1.4 step 2).
+    """Multi-scale deformable attention (Zhu et al., 2021; D-FINE, spec 1.4 step 2: without projections).
 
     Each head samples `points[l]` places of level l around the reference box and adds them with softmax weights over
     all points of all levels.
@@ -207,9 +207,11 @@ class DeformableAttention(nn.Module):
 
     reach: Tensor
 
-    def __init__(self, width: int, heads: int, points: tuple[int, ...]) -> None:
+    def __init__(self, width: int, heads: int, points: tuple[int, ...], *, projected: bool = False) -> None:
         super().__init__()
         self.heads, self.points = heads, points
+        self.value = nn.Linear(width, width) if projected else None
+        self.out = nn.Linear(width, width) if projected else None
         total = sum(points)
         self.sampling_offsets = nn.Linear(width, heads * total * 2)
         self.attention_weights = nn.Linear(width, heads * total)
@@ -226,6 +228,10 @@ class DeformableAttention(nn.Module):
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value, self.out):
+            if layer is not None:
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((rays[:, None] * steps[:, None]).flatten())
 
@@ -237,6 +243,9 @@ class DeformableAttention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1])."""
         batch, queries, _ = x.shape
+        if self.value is not None:
+            project = self.value
+            memory = tuple(project(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for level in memory)
         offsets = self.sampling_offsets(x).view(batch, queries, self.heads, -1, 2).float()
         weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
         boxes = boxes[:, :, None, None]
@@ -245,7 +254,8 @@ class DeformableAttention(nn.Module):
             seen = self._sum_of_corners(places, weights, memory)
         else:
             seen = self._sum_of_samples(places, weights, memory)
-        return seen.to(x.dtype)
+        seen = seen.to(x.dtype)
+        return seen if self.out is None else self.out(seen)
 
     def _sum_of_corners(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """For the CPU: a sparse product."""

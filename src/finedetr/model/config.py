@@ -12,10 +12,10 @@ __all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "ModelConfig"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """An HGNetv2: its name in the table of `hgnet.py` and what of it is used."""
+    """An HGNetv2 or ResNet-vd: its name in the table of `hgnet.py` or `resnet.py`, and what of it is used."""
 
     name: str = "B0"
-    affine: bool = True  # learnable affine blocks after each activation
+    affine: bool = True  # learnable affine blocks after each activation (HGNetv2)
     stages: tuple[int, ...] = (1, 2, 3)  # indices of the returned stages, strides 4·2^i
     freeze_stem: bool = False
     freeze_norm: bool = False
@@ -31,11 +31,12 @@ class EncoderConfig:
     depth: float = 1.0
     layers: int = 1  # of the transformer on the coarsest level
     heads: int = 8
+    fusion: Literal["elan", "csp"] = "elan"  # D-FINE's blocks, or RT-DETR's
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The D-FINE decoder."""
+    """The decoder. The defaults are D-FINE's; RT-DETRv2 has plain boxes, projected attention, no gateway."""
 
     width: int = 256  # d
     feedforward: int = 1024
@@ -47,6 +48,13 @@ class DecoderConfig:
     scale: float = 4.0  # reg_scale
     up: float = 0.5
     activation: Literal["relu", "silu"] = "relu"  # DEIM: silu
+    boxes: Literal["distributions", "plain"] = "distributions"  # refined as four distributions (FDR), or as numbers
+    projected: bool = False  # linear layers before and behind the deformable attention
+    gateway: bool = True  # of what a query was and what it saw; otherwise a sum and a norm
+    position_layers: int = 2  # of the network that makes a position of a box: 2 of twice the width, or 3
+    position_limit: float | None = 10.0  # where positions are cut off
+    project_memory: bool = False  # a projection of the pyramid even where the widths are equal
+    answering: int | None = None  # layers that run outside training; None: all
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,11 @@ class ModelConfig:
                 f"decoder.points names {len(self.decoder.points)} levels, the backbone returns "
                 f"{len(self.backbone.stages)}; give one number of points for each returned stage"
             )
+        answering = self.decoder.answering
+        if answering is not None and not 1 <= answering <= self.decoder.layers:
+            raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")
+        if self.decoder.position_layers not in (2, 3):
+            raise ConfigError(f"decoder.position_layers must be 2 or 3; got {self.decoder.position_layers}")
         if self.decoder.bins % 2 == 0:
             raise ConfigError(f"decoder.bins must be odd, so that one bin means 'do not move'; got {self.decoder.bins}")
         for part, width, heads in (

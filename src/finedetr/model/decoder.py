@@ -15,7 +15,7 @@ from finedetr.model.config import DecoderConfig
 from finedetr.model.heads import BinTable, LocationQuality, expected_distances
 from finedetr.model.layers import ACTIVATIONS, MLP, focal_bias
 
-__all__ = ["Decoder", "DecoderLayer", "Refinement"]
+__all__ = ["Decoder", "DecoderLayer", "DistributionDecoder", "PlainDecoder", "Refinement", "build_decoder"]
 
 _HALF_MAX = 65504.0  # the largest float16: the published layers clamp there
 
@@ -26,8 +26,9 @@ class Refinement:
 
     logits: Float[Tensor, "S B N C"]
     boxes: Float[Tensor, "S B N 4"]
-    corners: Float[Tensor, "L B N 4 K"]  # accumulated edge logits of the layers
-    anchors: Float[Tensor, "B N 4"]
+    stages: tuple[str, ...]
+    corners: Float[Tensor, "L B N 4 K"] | None = None  # accumulated edge logits of the layers
+    anchors: Float[Tensor, "B N 4"] | None = None
 
 
 class Gateway(nn.Module):
@@ -48,15 +49,19 @@ class Gateway(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention through a gateway, feed-forward (spec 1.4, steps 1-4)."""
+    """Self-attention, deformable cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6).
+
+    What a query saw is joined with what it was by a gateway (D-FINE) or by a sum and a norm.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         width = config.width
         self.self_attention = SelfAttention(width, config.heads)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = DeformableAttention(width, config.heads, config.points)
-        self.gateway = Gateway(width)
+        self.cross_attention = DeformableAttention(width, config.heads, config.points, projected=config.projected)
+        self.gateway = Gateway(width) if config.gateway else None
+        self.norm2 = None if config.gateway else nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, config.feedforward)
         self.linear2 = nn.Linear(config.feedforward, width)
         self.norm3 = nn.LayerNorm(width)
@@ -74,32 +79,59 @@ class DecoderLayer(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """The next state of the queries."""
         x = self.norm1(x + self.self_attention(x, positions, blocked))
-        x = self.gateway(x, self.cross_attention(x + positions, boxes, memory))
+        seen = self.cross_attention(x + positions, boxes, memory)
+        if self.gateway is not None:
+            x = self.gateway(x, seen)
+        else:
+            assert self.norm2 is not None
+            x = self.norm2(x + seen)
         x = x + self.linear2(self.act(self.linear1(x)))
         out: Tensor = self.norm3(x.clamp(-_HALF_MAX, _HALF_MAX))
         return out
 
 
+class Answers:
+    """What the layers have answered so far, and what the next one has to know of it."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+        self.boxes: list[Tensor] = []
+        self.stages: list[str] = []
+        self.corners: list[Tensor] = []
+        self.anchors: Tensor | None = None
+        self.moved: Tensor | None = None  # accumulated edge logits, wanted or not
+        self.content: Tensor | None = None  # of the layer before
+        self.box: Tensor | None = None  # of the layer before, with its gradient
+
+    def add(self, stage: str, logits: Tensor, boxes: Tensor, corners: Tensor | None = None) -> None:
+        """One stage's answer."""
+        self.stages.append(stage)
+        self.logits.append(logits)
+        self.boxes.append(boxes)
+        if corners is not None:
+            self.corners.append(corners)
+
+    def stacked(self) -> Refinement:
+        """All stages as one axis."""
+        corners = torch.stack(self.corners) if self.corners else None
+        return Refinement(torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors)
+
+
 class Decoder(nn.Module):
-    """D-FINE's decoder: a first plain box, then every layer refines the distributions of its four edges (FDR)."""
+    """The loop. What a layer answers, and how it moves the boxes, is left to the two kinds below."""
 
     def __init__(self, config: DecoderConfig, classes: int) -> None:
         super().__init__()
         width, act = config.width, config.activation
-        self.bin_table = BinTable(config.bins, config.up, config.scale)
-        self.query_position_head = MLP(4, 2 * width, width, 2, act)
+        hidden = 2 * width if config.position_layers == 2 else width
+        self.answering = config.answering or config.layers
+        self.position_limit = config.position_limit
+        self.query_position_head = MLP(4, hidden, width, config.position_layers, act)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.initial_box_head = MLP(width, width, 4, 3, act)
         self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(config.layers))
-        self.edge_heads = nn.ModuleList(MLP(width, width, 4 * config.bins, 3, act) for _ in range(config.layers))
-        self.quality_heads = nn.ModuleList(LocationQuality(act) for _ in range(config.layers))
         for layer in self.query_position_head.layers:
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
-        self.initial_box_head.zero_last()
-        for head in self.edge_heads:
-            assert isinstance(head, MLP)
-            head.zero_last()
         for head in self.score_heads:
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, focal_bias())
@@ -121,33 +153,92 @@ class Decoder(nn.Module):
             blocked: See `SelfAttention.forward`.
             all_stages: Answer at every stage (training, teachers) or only at the last.
         """
-        x, reference = content, boxes
-        previous: Tensor | None = None
-        corners: Tensor | None = None
-        logits, answers, distributions = [], [], []
-        anchors = reference
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            positions = self.query_position_head(reference.to(x.dtype)).clamp(-10, 10)
+        x, reference, answers = content, boxes, Answers()
+        count = len(self.layers) if self.training else self.answering
+        for index, layer in enumerate(self.layers[:count]):
+            positions = self.query_position_head(reference.to(x.dtype))
+            if self.position_limit is not None:
+                positions = positions.clamp(-self.position_limit, self.position_limit)
             x = layer(x, positions, reference, memory, blocked)
-            if index == 0:
-                initial = (self.initial_box_head(x).float() + inverse_sigmoid(reference)).sigmoid()
-                anchors = initial.detach()
-                if all_stages:
-                    logits.append(self.score_heads[0](x))
-                    answers.append(initial)
-            moved = self.edge_heads[index](x if previous is None else x + previous.detach()).float()
-            moved = moved.unflatten(-1, (4, -1))
-            corners = moved if corners is None else moved + corners
-            probabilities = corners.softmax(dim=-1)
-            distances = expected_distances(probabilities, self.bin_table.values)
-            box = decode_edges(anchors, distances, self.bin_table.scale)
-            if all_stages or index == last:
-                logits.append(self.score_heads[index](x) + self.quality_heads[index](probabilities.to(x.dtype)))
-                answers.append(box)
-                distributions.append(corners)
-            reference, previous = box.detach(), x
-        return Refinement(torch.stack(logits), torch.stack(answers), torch.stack(distributions), anchors)
+            reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
+        return answers.stacked()
+
+    def _answer(
+        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
+    ) -> Tensor:
+        """Adds what layer `index` answers where that is wanted; the next reference boxes, without gradient."""
+        raise NotImplementedError
+
+
+class DistributionDecoder(Decoder):
+    """D-FINE: a first plain box, then every layer refines the distributions of its four edges (FDR, LQE)."""
+
+    def __init__(self, config: DecoderConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        width, act = config.width, config.activation
+        self.bin_table = BinTable(config.bins, config.up, config.scale)
+        self.initial_box_head = MLP(width, width, 4, 3, act)
+        self.edge_heads = nn.ModuleList(MLP(width, width, 4 * config.bins, 3, act) for _ in range(config.layers))
+        self.quality_heads = nn.ModuleList(LocationQuality(act) for _ in range(config.layers))
+        self.initial_box_head.zero_last()
+        for head in self.edge_heads:
+            assert isinstance(head, MLP)
+            head.zero_last()
+
+    def _answer(
+        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
+    ) -> Tensor:
+        if index == 0:
+            initial = (self.initial_box_head(x).float() + inverse_sigmoid(reference)).sigmoid()
+            answers.anchors = initial.detach()
+            if all_stages:
+                answers.add("initial", self.score_heads[0](x), initial)
+        assert answers.anchors is not None
+        moved = self.edge_heads[index](x if answers.content is None else x + answers.content.detach()).float()
+        moved = moved.unflatten(-1, (4, -1))
+        corners = moved if answers.moved is None else moved + answers.moved
+        probabilities = corners.softmax(dim=-1)
+        distances = expected_distances(probabilities, self.bin_table.values)
+        box: Tensor = decode_edges(answers.anchors, distances, self.bin_table.scale)
+        if all_stages or last:
+            logits = self.score_heads[index](x) + self.quality_heads[index](probabilities.to(x.dtype))
+            answers.add(f"layer{index}", logits, box, corners)
+        answers.moved, answers.content = corners, x
+        return box.detach()
+
+
+class PlainDecoder(Decoder):
+    """RT-DETR: every layer moves the box by four numbers; each box's loss reaches the layer before, too.
+
+    That is "look forward twice" (DINO, eq. 5): the answer stands on the box before with its gradient, the reference
+    of the next layer has none.
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        self.box_heads = nn.ModuleList(
+            MLP(config.width, config.width, 4, 3, config.activation) for _ in range(config.layers)
+        )
+        for head in self.box_heads:
+            assert isinstance(head, MLP)
+            head.zero_last()
+
+    def _answer(
+        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
+    ) -> Tensor:
+        moved = self.box_heads[index](x).float()
+        box: Tensor = (moved + inverse_sigmoid(reference)).sigmoid()
+        if all_stages or last:
+            # the same numbers; the gradient goes one layer further, and no more than one
+            answer = box if answers.box is None else (moved + inverse_sigmoid(answers.box)).sigmoid()
+            answers.add(f"layer{index}", self.score_heads[index](x), answer)
+        answers.box = box
+        return box.detach()
+
+
+def build_decoder(config: DecoderConfig, classes: int) -> DistributionDecoder | PlainDecoder:
+    """The decoder that a configuration names."""
+    return DistributionDecoder(config, classes) if config.boxes == "distributions" else PlainDecoder(config, classes)
 
 
 def join_blocked(

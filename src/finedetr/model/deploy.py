@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finedetr.model.decoder import DistributionDecoder
 from finedetr.model.detector import Detector
 from finedetr.model.encoders import RepConv
 from finedetr.model.layers import ConvNorm, FrozenBatchNorm2d
@@ -37,9 +38,18 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
         for module in model.modules():
             if isinstance(module, RepConv):
                 _merge(module)
-    for heads in (model.decoder.score_heads, model.decoder.quality_heads):
-        for index in range(len(heads) - 1):
-            heads[index] = nn.Identity()
+    decoder = model.decoder
+    per_layer = [decoder.layers, decoder.score_heads]
+    if isinstance(decoder, DistributionDecoder):
+        per_layer += [decoder.edge_heads, decoder.quality_heads]
+    else:
+        per_layer.append(decoder.box_heads)
+    for parts in per_layer:
+        del parts[decoder.answering :]  # layers that only training runs
+    for index in range(decoder.answering - 1):
+        decoder.score_heads[index] = nn.Identity()
+        if isinstance(decoder, DistributionDecoder):
+            decoder.quality_heads[index] = nn.Identity()
     return model.requires_grad_(False)
 
 

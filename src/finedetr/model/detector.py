@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finedetr.errors import DataError
+from finedetr.model.backbones import build_backbone
 from finedetr.model.config import ModelConfig
-from finedetr.model.decoder import Decoder, Refinement, join_blocked
+from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
 from finedetr.model.encoders import HybridEncoder
-from finedetr.model.hgnet import HGNet
 from finedetr.model.layers import ConvNorm
 from finedetr.model.queries import QuerySelection
 from finedetr.records import Edges, Output, Prediction, QueryGroup
@@ -30,16 +30,18 @@ class Detector(nn.Module):
         super().__init__()
         self.config, self.classes = config, classes
         width = config.decoder.width
-        self.backbone = HGNet(config.backbone)
+        self.backbone = build_backbone(config.backbone)
         self.encoder = HybridEncoder(config.encoder, self.backbone.channels)
         self.decoder_input_proj = nn.ModuleList(
-            nn.Identity() if config.encoder.width == width else ConvNorm(config.encoder.width, width)
+            ConvNorm(config.encoder.width, width)
+            if config.encoder.width != width or config.decoder.project_memory
+            else nn.Identity()
             for _ in self.backbone.channels
         )
         self.selection = QuerySelection(width, classes, config.decoder.queries, config.decoder.activation)
         # row C stands for padding slots and stays zero
         self.label_embedding = nn.Embedding(classes + 1, width, padding_idx=classes)
-        self.decoder = Decoder(config.decoder, classes)
+        self.decoder = build_decoder(config.decoder, classes)
         for module in (*self.encoder.input_proj, *self.decoder_input_proj):
             if isinstance(module, ConvNorm):
                 nn.init.xavier_uniform_(module.conv.weight)
@@ -98,18 +100,17 @@ class Detector(nn.Module):
         pyramid: tuple[Tensor, ...],
     ) -> Output:
         """Cuts the answers of the joined queries into their groups, the matching group last."""
-        names = ("initial", *(f"layer{i}" for i in range(len(self.decoder.layers))))
         sizes = [group.boxes.shape[1] for group in extra]
         sizes.append(answers.boxes.shape[2] - sum(sizes))
         # split, not slices: their gradients come back as one concatenation
         cut = zip(
             answers.logits.float().split(sizes, dim=2),
             answers.boxes.split(sizes, dim=2),
-            answers.corners.split(sizes, dim=2),
-            answers.anchors.split(sizes, dim=1),
+            [None] * len(sizes) if answers.corners is None else answers.corners.split(sizes, dim=2),
+            [None] * len(sizes) if answers.anchors is None else answers.anchors.split(sizes, dim=1),
             strict=True,
         )
-        *groups, own = (self._prediction(names, *parts) for parts in cut)
+        *groups, own = (self._prediction(answers.stages, *parts) for parts in cut)
         if all_stages:
             own = Prediction(
                 torch.cat((encoder_logits.float()[None], own.logits)),
@@ -120,11 +121,13 @@ class Detector(nn.Module):
         return Output(own, tuple(zip(extra, groups, strict=True)), pyramid)
 
     def _prediction(
-        self, names: tuple[str, ...], logits: Tensor, boxes: Tensor, corners: Tensor, anchors: Tensor
+        self, stages: tuple[str, ...], logits: Tensor, boxes: Tensor, corners: Tensor | None, anchors: Tensor | None
     ) -> Prediction:
+        if corners is None or anchors is None:
+            return Prediction(logits, boxes, stages)
+        assert isinstance(self.decoder, DistributionDecoder)
         table = self.decoder.bin_table
-        edges = Edges(corners, anchors, table.values, table.scale)
-        return Prediction(logits, boxes, names[-logits.shape[0] :], edges)
+        return Prediction(logits, boxes, stages, Edges(corners, anchors, table.values, table.scale))
 
     def _content(self, group: QueryGroup, dtype: torch.dtype) -> Tensor:
         if group.content is not None:

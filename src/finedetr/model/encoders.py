@@ -43,18 +43,20 @@ class RepConv(nn.Module):
 
 
 class CSPLayer(nn.Module):
-    """A branch of `RepConv` blocks beside a plain one; hidden width equals the outputs (expansion 1)."""
+    """A branch of `RepConv` blocks beside a plain one, `expansion` times as wide inside as its outputs."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int, expansion: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(inputs, outputs, act="silu")
-        self.conv2 = ConvNorm(inputs, outputs, act="silu")
-        self.bottlenecks = nn.Sequential(*(RepConv(outputs) for _ in range(blocks)))
+        hidden = int(outputs * expansion)
+        self.conv1 = ConvNorm(inputs, hidden, act="silu")
+        self.conv2 = ConvNorm(inputs, hidden, act="silu")
+        self.bottlenecks = nn.Sequential(*(RepConv(hidden) for _ in range(blocks)))
+        self.conv3 = ConvNorm(hidden, outputs, act="silu") if hidden != outputs else None
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
         """One feature map to the next."""
         out: Tensor = self.bottlenecks(self.conv1(x)) + self.conv2(x)
-        return out
+        return out if self.conv3 is None else self.conv3(out)
 
 
 class RepNCSPELAN4(nn.Module):
@@ -107,6 +109,15 @@ class EncoderLayer(nn.Module):
         return out
 
 
+def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN4:
+    """What joins two levels."""
+    width, blocks = config.width, round(3 * config.depth)
+    if config.fusion == "csp":
+        return CSPLayer(2 * width, width, blocks, config.expansion)
+    # banker's rounding of an integral value: as published
+    return RepNCSPELAN4(2 * width, width, round(config.expansion * width // 2), blocks)
+
+
 class HybridEncoder(nn.Module):
     """Backbone maps to a pyramid of equal width.
 
@@ -116,16 +127,18 @@ class HybridEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, channels: tuple[int, ...]) -> None:
         super().__init__()
         width = config.width
-        branch = round(config.expansion * width // 2)  # banker's rounding of an integral value: as published
-        blocks = round(3 * config.depth)
         levels = len(channels)
         self.width = width
         self.input_proj = nn.ModuleList(ConvNorm(c, width) for c in channels)
         self.layers = nn.ModuleList(EncoderLayer(width, config.heads, config.feedforward) for _ in range(config.layers))
-        self.lateral_convs = nn.ModuleList(ConvNorm(width, width) for _ in range(levels - 1))
-        self.fpn_blocks = nn.ModuleList(RepNCSPELAN4(2 * width, width, branch, blocks) for _ in range(levels - 1))
-        self.downsample_convs = nn.ModuleList(SCDown(width) for _ in range(levels - 1))
-        self.pan_blocks = nn.ModuleList(RepNCSPELAN4(2 * width, width, branch, blocks) for _ in range(levels - 1))
+        act = "silu" if config.fusion == "csp" else None
+        steps = range(levels - 1)
+        self.lateral_convs = nn.ModuleList(ConvNorm(width, width, act=act) for _ in steps)
+        self.fpn_blocks = nn.ModuleList(_fusion(config) for _ in steps)
+        self.downsample_convs = nn.ModuleList(
+            ConvNorm(width, width, 3, 2, act=act) if config.fusion == "csp" else SCDown(width) for _ in steps
+        )
+        self.pan_blocks = nn.ModuleList(_fusion(config) for _ in steps)
         self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:

@@ -1,4 +1,7 @@
-"""Weights on disk: safetensors with a card that says all that is needed to use them. Loading runs no code."""
+"""Weights on disk: safetensors with a card that says all that is needed to use them. Loading runs no code.
+
+Official checkpoints and folders of transformers are read, too (`foreign.py`); their card is made up from what they say.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from finedetr._version import __version__
 from finedetr.errors import ModelError, did_you_mean
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
+from finedetr.model.foreign import is_foreign, read_foreign
 from finedetr.model.layers import focal_bias
 
 __all__ = ["Card", "Transfer", "load_weights", "read_card", "save_weights", "transfer_weights"]
@@ -145,7 +149,18 @@ def read_card(path: str | Path) -> Card:
         ModelError: The file is absent, unreadable, or carries no card.
     """
     path = Path(path)
+    if is_foreign(path):
+        return _read(path)[0]
     return _card(_open(path, tensors=False)[0], path)
+
+
+def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
+    """Card and tensors of a file of ours or of somebody else's."""
+    if is_foreign(path):
+        other = read_foreign(path)
+        return Card(other.config, other.names, other.category_ids), other.state
+    metadata, state = _open(path)
+    return _card(metadata, path), state
 
 
 def _card(metadata: dict[str, str], path: Path) -> Card:
@@ -153,7 +168,7 @@ def _card(metadata: dict[str, str], path: Path) -> Card:
         raise ModelError(
             f"{path} carries no finedetr card, so its model and class names are unknown",
             code="schema",
-            hint="Only weights that finedetr wrote are read.",
+            hint="Weights of finedetr, official .pth files and folders of transformers (with config.json) are read.",
         )
     return Card.from_json(metadata["finedetr"], str(path))
 
@@ -166,8 +181,7 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[
             unexpected or misshapen tensor is named.
     """
     path = Path(path)
-    metadata, state = _open(path)
-    card = _card(metadata, path)
+    card, state = _read(path)
     detector = Detector(card.config, len(card.names))
     own = detector.state_dict()
     faults = [f"missing {name}" for name in own if name not in state]
@@ -210,13 +224,12 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     Args:
         detector: Changed in place; its model must be the one of the weights.
         names: The class names of `detector`, in order.
-        path: A safetensors file of finedetr.
+        path: A weight file.
 
     Raises:
         ModelError: The weights belong to another model, or hardly anything fits.
     """
-    metadata, state = _open(Path(path))
-    card = _card(metadata, Path(path))
+    card, state = _read(Path(path))
     if card.config != detector.config:
         raise ModelError(
             f"{path} holds a {card.config.name!r}, the run trains a {detector.config.name!r}",

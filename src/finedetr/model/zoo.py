@@ -43,18 +43,64 @@ _DFINE = (
     ),
 )
 
+_PLAIN = DecoderConfig(
+    layers=6,
+    points=(4, 4, 4),
+    boxes="plain",
+    projected=True,
+    gateway=False,
+    position_limit=None,
+    project_memory=True,
+)
+
+
+def _rtdetrv2(
+    size: str, backbone: str, *, expansion: float = 1.0, wide: bool = False, layers: int = 6, frozen: bool = True
+) -> ModelConfig:
+    """RT-DETRv2, spec 1.6 (lyuwenyu/RT-DETR, rtdetrv2_pytorch); v1 is the same network."""
+    return ModelConfig(
+        f"rtdetrv2-{size}",
+        BackboneConfig(backbone, affine=False, freeze_stem=frozen, freeze_norm=frozen),
+        EncoderConfig(
+            width=384 if wide else 256, feedforward=2048 if wide else 1024, expansion=expansion, fusion="csp"
+        ),
+        replace(_PLAIN, layers=layers),
+    )
+
+
+_RTDETRV2 = (
+    _rtdetrv2("r18", "R18", expansion=0.5, layers=3, frozen=False),
+    _rtdetrv2("r34", "R34", expansion=0.5, layers=4, frozen=False),
+    _rtdetrv2("r50", "R50"),
+    _rtdetrv2("r101", "R101", wide=True),
+    _rtdetrv2("hgnet-l", "B4"),
+    _rtdetrv2("hgnet-x", "B5", wide=True),
+)
+_H = replace(_rtdetrv2("hgnet-h", "B6"), encoder=EncoderConfig(width=512, feedforward=2048, layers=2, fusion="csp"))
+# the middle size trains six layers and answers with the third
+_R50M = replace(_rtdetrv2("r50-m", "R50", expansion=0.5), decoder=replace(_PLAIN, answering=3))
+_DEIM_R50M = replace(_R50M, decoder=replace(_PLAIN, layers=3))  # DEIM's has three layers from the start
+
 
 def _deim(config: ModelConfig) -> ModelConfig:
-    """DEIM's variant (spec 1.5): SiLU in the decoder and its heads, nothing of the backbone frozen."""
+    """DEIM's variant (spec 1.5): SiLU in the decoder and its heads, nothing of the backbone frozen.
+
+    On RT-DETRv2 positions come from a network of three layers.
+    """
+    layers = 3 if config.decoder.boxes == "plain" else config.decoder.position_layers
     return replace(
         config,
         name=f"deim-{config.name}",
         backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
-        decoder=replace(config.decoder, activation="silu"),
+        decoder=replace(config.decoder, activation="silu", position_layers=layers),
     )
 
 
-ZOO: dict[str, ModelConfig] = {config.name: config for config in (*_DFINE, *map(_deim, _DFINE))}
+_DEIM = tuple(
+    _deim(config) for config in (*_DFINE, *(c for c in _RTDETRV2 if c.backbone.name.startswith("R")), _DEIM_R50M)
+)
+
+ZOO: dict[str, ModelConfig] = {config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DEIM)}
 
 
 def variant(name: str) -> ModelConfig:

@@ -10,12 +10,13 @@ from finedetr.model.config import ModelConfig
 from finedetr.recipes.deim import deim
 from finedetr.recipes.dfine import dfine
 from finedetr.recipes.extras import constant_rate, late_matching, official_groups
+from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.train.recipe import Recipe
 
-__all__ = ["PAPERS", "RECIPES", "build", "deim", "dfine", "scratch"]
+__all__ = ["PAPERS", "RECIPES", "build", "deim", "dfine", "rtdetrv2", "scratch"]
 
-RECIPES: dict[str, Callable[[Recipe], Recipe]] = {"deim": deim, "dfine": dfine}
+RECIPES: dict[str, Callable[[Recipe], Recipe]] = {"deim": deim, "dfine": dfine, "rtdetrv2": rtdetrv2}
 """Bases, by the name that `--recipe` takes."""
 
 PAPERS: dict[str, Callable[[Recipe], Recipe]] = {

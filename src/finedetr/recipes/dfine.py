@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from finedetr.errors import UsageError
 from finedetr.recipes.published import DFINE, Published, row
 from finedetr.supervise.denoising import Denoising
 from finedetr.supervise.matching import UnionOfStages
@@ -21,7 +22,16 @@ def dfine(base: Recipe) -> Recipe:
     Time: 132 epochs of COCO; the authors used 4 GPUs with batch 32.
     Expect (published, COCO val2017 AP, ImageNet backbone): N 42.8, S 48.5, M 52.3, L 54.0, X 55.8.
     Not checked by us on COCO.
+
+    Raises:
+        UsageError: The model's boxes are no distributions.
     """
+    if base.model.decoder.boxes != "distributions":
+        raise UsageError(
+            f"the recipe dfine refines distributions of edges, and {base.model.name} has plain boxes",
+            code="conflict",
+            hint="Use --recipe deim or rtdetrv2, or a dfine model.",
+        )
     published = row(DFINE, base.model.name)
     recipe = with_numbers(base, published)
     return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finedetr.recipes.published import DEIM, DFINE, row
+from finedetr.recipes.published import DEIM, DEIM_RTDETRV2, DFINE, RTDETRV2, row
 from finedetr.train.recipe import Recipe
 
 __all__ = ["constant_rate", "late_matching", "official_groups"]
@@ -23,7 +23,10 @@ def official_groups(base: Recipe) -> Recipe:
 
     The published numbers were reached with these; whether they differ from the intended ones is not known.
     """
-    table = DEIM if base.name.startswith("deim") else DFINE
+    if base.model.decoder.boxes == "plain":
+        table = DEIM_RTDETRV2 if base.name.startswith("deim") else RTDETRV2
+    else:
+        table = DEIM if base.name.startswith("deim") else DFINE
     return replace(base, optimizer=replace(base.optimizer, grouping=row(table, base.model.name).groups))
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.train.optimizer import Grouping
 
-__all__ = ["DEIM", "DFINE", "Published", "row"]
+__all__ = ["DEIM", "DEIM_RTDETRV2", "DFINE", "RTDETRV2", "Published", "row"]
 
 
 _SMALL = Grouping(decay_backbone_norms=True, decay_affine=True)
 _LARGE = Grouping(decay_backbone_norms=True, decay_affine=True, decay_biases=True)
+_RTDETR = Grouping(decay_biases=True)
+_DEIM_RTDETR = Grouping(decay_biases=True, backbone_norms_at_main_rate=True)
 _SPLIT = Grouping(decay_affine=True, decay_biases=True, backbone_norms_at_main_rate=True)
 
 
@@ -49,14 +51,36 @@ DEIM: dict[str, Published] = {
     "x": Published(5e-4, 5e-6, 32, 1.25e-4, 58, 50, 29, 4, repeat=3, restart_decay=0.9998, groups=_LARGE),
 }
 
+# spec 4.4; the step at which augmentation stops is the epoch in brackets there
+RTDETRV2: dict[str, Published] = {
+    "r18": Published(1e-4, 1e-4, 16, 1e-4, 120, 117, repeat=None, groups=_RTDETR),
+    "r34": Published(1e-4, 5e-5, 16, 1e-4, 120, 117, groups=Grouping()),
+    "r50-m": Published(1e-4, 1e-5, 16, 1e-4, 84, 81, groups=_RTDETR),
+    "r50": Published(1e-4, 1e-5, 16, 1e-4, 72, 71, groups=_RTDETR),
+    "r101": Published(1e-4, 1e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
+    "hgnet-l": Published(1e-4, 5e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
+    "hgnet-x": Published(1e-4, 1e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
+    "hgnet-h": Published(1e-4, 5e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
+}
+
+DEIM_RTDETRV2: dict[str, Published] = {  # spec 4.3
+    "r18": Published(2e-4, 2e-4, 16, 1e-4, 120, 117, 64, 4, groups=_DEIM_RTDETR),
+    "r34": Published(2e-4, 1e-4, 16, 1e-4, 120, 117, 64, 4, groups=_DEIM_RTDETR),
+    "r50-m": Published(2e-4, 2e-5, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
+    "r50": Published(2e-4, 2e-5, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
+    "r101": Published(2e-4, 2e-6, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
+}
+
 
 def row(table: dict[str, Published], model: str) -> Published:
-    """The row of a model by the last part of its name ("deim-dfine-s" -> "s"); models of other names take S.
+    """The row of a model by what follows its family's name ("deim-dfine-s" -> "s").
+
+    What has no row of its own takes that of S or R50 (DEIM published none for RT-DETRv2's HGNets).
 
     Raises:
-        ConfigError: The name ends in something that looks like a size but has no row.
+        ConfigError: The name looks like one of D-FINE's sizes but is none.
     """
-    size = model.rsplit("-", 1)[-1]
-    if model.startswith(("dfine-", "deim-")) and size not in table:
+    family, _, size = model.removeprefix("deim-").partition("-")
+    if family == "dfine" and "s" in table and size not in table:
         raise ConfigError(f"no published recipe for {model!r}", hint=did_you_mean(size, table))
-    return table.get(size, table["s"])
+    return table[size] if size in table else table["s" if "s" in table else "r50"]

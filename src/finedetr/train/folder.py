@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finedetr.errors import ModelError, UsageError
+from finedetr.model.foreign import is_foreign
+from finedetr.model.hub import fetch, is_name
 from finedetr.train.checkpoint import write_atomically
 
 __all__ = ["RunFolder", "find_weights"]
@@ -190,7 +193,9 @@ class RunFolder:
 
 
 def find_weights(target: str | Path) -> Path:
-    """The weight file that a path means: a .safetensors file, or the best weights of a run's folder.
+    """The weight file that a path means: a file, the best weights of a run's folder, or a folder of transformers.
+
+    A name of `finedetr.model.hub`, where no such path exists, is fetched.
 
     Raises:
         ModelError: There are none.
@@ -198,8 +203,17 @@ def find_weights(target: str | Path) -> Path:
     path = Path(target)
     if path.is_file():
         return path
+    name = re.sub(r"^hf:/(?=[^/])", "hf://", str(target))  # a Path has dropped one slash
+    if not path.exists() and is_name(name):
+        return fetch(name)
     if not path.is_dir():
-        raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
+        raise ModelError(
+            f"no weights at {path}",
+            code="not_found",
+            hint="Give a run's folder, a weight file, or a name such as dfine-s-coco.",
+        )
+    if is_foreign(path):
+        return path
     folder = RunFolder(path)
     for file in (folder.best_weights, folder.last_weights):
         if file.is_file():

@@ -1,0 +1,201 @@
+"""Other people's weights: official containers and folders of transformers, both spellings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finedetr.errors import ModelError
+from finedetr.model.detector import Detector
+from finedetr.model.foreign import COCO_IDS, COCO_NAMES, _official_names, read_foreign, write_transformers
+from finedetr.model.weights import load_weights, read_card, transfer_weights
+from finedetr.model.zoo import ZOO, variant
+from tests.model.oracle import pair, randomize
+
+ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
+    "dfine-n": 674,
+    "dfine-s": 794,
+    "dfine-m": 1053,
+    "deim-dfine-n": 674,
+    "deim-dfine-l": 1253,
+    "deim-dfine-x": 1571,
+    "rtdetrv2-r18": 538,
+    "rtdetrv2-r34": 665,
+    "rtdetrv2-r50-m": 768,
+    "rtdetrv2-r50": 744,
+    "rtdetrv2-r101": 999,
+    "rtdetrv2-hgnet-l": 869,
+    "rtdetrv2-hgnet-x": 1119,
+    "rtdetrv2-hgnet-h": 1351,
+    "deim-rtdetrv2-r18": 540,
+    "deim-rtdetrv2-r34": 667,
+    "deim-rtdetrv2-r50": 801,
+    "deim-rtdetrv2-r101": 1107,
+}
+
+
+def official(detector: Detector) -> dict[str, Tensor]:
+    """Our weights as the official code would save them, with all that a reader has to leave out."""
+    config = detector.config
+    plain, resnet = config.decoder.boxes == "plain", config.backbone.name.startswith("R")
+    theirs: dict[str, Tensor] = {}
+    for key, tensor in detector.state_dict().items():
+        (name,) = _official_names(key, plain=plain, resnet=resnet)
+        name, _, part = name.partition("@")
+        if part:
+            both = (theirs[name], tensor) if part == "v" else (tensor,)
+            tensor = torch.cat(both)
+        theirs[name] = tensor
+    theirs["decoder.anchors"], theirs["decoder.valid_mask"] = torch.zeros(1, 9, 4), torch.zeros(1, 9, 1)
+    for index in range(config.decoder.layers):
+        theirs[f"decoder.decoder.layers.{index}.cross_attn.num_points_scale"] = torch.zeros(12)
+    if not plain:
+        theirs["decoder.decoder.up"], theirs["decoder.decoder.reg_scale"] = torch.zeros(1), torch.zeros(1)
+    return theirs
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_official_names_are_as_many_as_the_official_code_has(name: str) -> None:
+    with torch.device("meta"):
+        assert len(official(Detector(variant(name), 80))) == ENTRIES[name]
+
+
+def test_official_names_are_those_of_the_official_code() -> None:
+    with torch.device("meta"):
+        dfine, rtdetr = official(Detector(variant("dfine-x"), 80)), official(Detector(variant("rtdetrv2-r50"), 80))
+    assert {
+        "backbone.stem.stem2a.bn.running_mean",
+        "backbone.stages.1.downsample.conv.weight",
+        "backbone.stages.2.blocks.1.layers.3.conv2.bn.weight",
+        "backbone.stages.0.blocks.0.aggregation.1.conv.weight",
+        "encoder.encoder.0.layers.0.self_attn.in_proj_bias",
+        "encoder.fpn_blocks.0.cv2.0.bottlenecks.1.conv2.norm.weight",
+        "encoder.downsample_convs.1.0.cv2.conv.weight",
+        "decoder.up",
+        "decoder.input_proj.2.norm.bias",
+        "decoder.decoder.layers.5.cross_attn.sampling_offsets.bias",
+        "decoder.decoder.layers.0.gateway.norm.weight",
+        "decoder.decoder.lqe_layers.3.reg_conf.layers.1.weight",
+        "decoder.enc_output.proj.weight",
+        "decoder.pre_bbox_head.layers.2.bias",
+        "decoder.dec_bbox_head.5.layers.0.weight",
+        "decoder.denoising_class_embed.weight",
+    } <= dfine.keys()
+    assert {
+        "backbone.conv1.conv1_3.norm.weight",
+        "backbone.res_layers.0.blocks.0.short.conv.weight",
+        "backbone.res_layers.3.blocks.0.short.conv.norm.weight",
+        "backbone.res_layers.2.blocks.5.branch2c.conv.weight",
+        "encoder.pan_blocks.1.bottlenecks.2.conv1.norm.running_var",
+        "decoder.decoder.layers.2.cross_attn.value_proj.weight",
+        "decoder.decoder.layers.2.norm2.weight",
+        "decoder.query_pos_head.layers.1.bias",
+    } <= rtdetr.keys()
+
+
+@pytest.mark.parametrize("container", ["ema", "model", "flat"])
+def test_an_official_checkpoint_loads_from_every_container(tmp_path: Path, container: str) -> None:
+    torch.manual_seed(0)
+    detector = Detector(variant("dfine-n"), 80)
+    randomize(detector)
+    state = {f"module.{key}": value for key, value in official(detector).items()}
+    wrong = {key: torch.zeros_like(value) for key, value in state.items()}
+    document = {"ema": {"ema": {"module": state}, "model": wrong}, "model": {"model": state}, "flat": state}[container]
+    torch.save(document, tmp_path / "dfine_n_coco.pth")
+    loaded, card = load_weights(tmp_path / "dfine_n_coco.pth")
+    assert card.config == variant("dfine-n")
+    assert (card.names, card.category_ids) == (COCO_NAMES, COCO_IDS)
+    for key, tensor in detector.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=0, rtol=0)
+
+
+def test_the_name_of_a_file_tells_deim_from_d_fine(tmp_path: Path) -> None:
+    state = official(Detector(variant("dfine-n"), 3))
+    for name, model in (("deim_hgnetv2_n.pth", "deim-dfine-n"), ("n.pth", "dfine-n")):
+        torch.save({"model": state}, tmp_path / name)
+        card = read_card(tmp_path / name)
+        assert card.config == ZOO[model]
+        assert card.names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("name", ["dfine-n", "rtdetrv2-r18"])
+def test_a_folder_of_transformers_answers_as_over_there(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("transformers")
+    ours, theirs = pair(variant(name), 4, (320, 320))
+    theirs.config.id2label = dict(enumerate(("hen", "egg", "fox", "cat")))
+    theirs.save_pretrained(tmp_path)
+    loaded, card = load_weights(tmp_path)
+    assert card.names == ("hen", "egg", "fox", "cat")
+    images = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before, after = ours(images).matching, loaded(images).matching
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.boxes, after.boxes)
+
+
+@pytest.mark.parametrize("name", ["dfine-s", "rtdetrv2-r18"])
+def test_what_we_write_for_transformers_answers_the_same_there(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ours = Detector(variant(name), 3).eval()
+    randomize(ours)
+    write_transformers(tmp_path, ours, ("hen", "egg", "fox"), (320, 320))
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    assert theirs.config.id2label == {0: "hen", 1: "egg", 2: "fox"}
+    images = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine, other = ours(images, all_stages=True).matching, theirs(pixel_values=images)
+    distance, index = torch.cdist(mine.boxes[0, 0], other.enc_topk_bboxes[0], p=torch.inf).min(dim=-1)
+    common = distance < 1e-5
+    assert common.float().mean() > 0.97
+    torch.testing.assert_close(mine.logits[-1, 0][common], other.logits[0][index][common], atol=1e-4, rtol=0)
+    again, card = load_weights(tmp_path)
+    assert card.names == ("hen", "egg", "fox")
+    with torch.inference_mode():
+        assert torch.equal(again(images).matching.boxes, ours(images).matching.boxes)
+
+
+def test_transformers_has_no_deim(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        detector = Detector(variant("deim-dfine-n"), 3)
+    with pytest.raises(ModelError, match="no model like 'deim-dfine-n'"):
+        write_transformers(tmp_path, detector, ("a", "b", "c"))
+
+
+def test_fine_tuning_starts_from_an_official_checkpoint_by_class_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = Detector(variant("dfine-n"), 80)
+    torch.save({"model": official(source)}, tmp_path / "dfine_n_coco.pth")
+    target = Detector(variant("dfine-n"), 2)
+    transfer = transfer_weights(target, ("dog", "unicorn"), tmp_path / "dfine_n_coco.pth")
+    assert (transfer.kept, transfer.new, transfer.skipped) == (("dog",), ("unicorn",), ())
+    row = COCO_NAMES.index("dog")
+    assert torch.equal(target.selection.score_head.weight[0], source.selection.score_head.weight[row])
+    assert target.selection.score_head.bias[1].item() == pytest.approx(-4.595, abs=1e-3)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    state = official(Detector(variant("dfine-n"), 80))
+    lacking = {key: value for key, value in state.items() if "gateway.gate" not in key}
+    torch.save({"model": lacking}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=r"the closest, dfine-n, lacks 6 tensors: .*gateway\.gate"):
+        read_foreign(tmp_path / "a.pth")
+    torch.save({"model": {**state, "decoder.extra": torch.zeros(1)}}, tmp_path / "b.pth")
+    with pytest.raises(ModelError, match=r"looks like dfine-n, but holds 1 tensors more: decoder\.extra"):
+        read_foreign(tmp_path / "b.pth")
+    torch.save({"model": Path("x")}, tmp_path / "c.pth")  # an object: loading it would run code
+    with pytest.raises(ModelError, match="no checkpoint that holds numbers only"):
+        read_foreign(tmp_path / "c.pth")
+    torch.save({"model": 3}, tmp_path / "d.pth")
+    with pytest.raises(ModelError, match="holds no table of tensors"):
+        read_foreign(tmp_path / "d.pth")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "yolos"}))
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="no model of type 'yolos' is read"):
+        read_foreign(tmp_path / "hf")
