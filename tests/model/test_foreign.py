@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
-from finedetr.model.foreign import COCO_IDS, COCO_NAMES, _official_names, read_foreign, write_transformers
+from finedetr.model.foreign import (
+    COCO_IDS,
+    COCO_NAMES,
+    _official_names,
+    read_foreign,
+    transformers_config,
+    write_transformers,
+)
 from finedetr.model.weights import load_weights, read_card, transfer_weights
 from finedetr.model.zoo import ZOO, variant
 from tests.model.oracle import pair, randomize
@@ -136,6 +144,32 @@ def test_a_folder_of_transformers_answers_as_over_there(tmp_path: Path, name: st
         before, after = ours(images).matching, loaded(images).matching
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.boxes, after.boxes)
+
+
+def test_the_first_rt_detr_is_the_same_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = variant("rtdetrv2-r18")
+    settings = {key: value for key, value in transformers_config(config, ("a", "b")).items() if key != "model_type"}
+    torch.manual_seed(0)
+    theirs = transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(**settings)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours, card = load_weights(tmp_path / "hf")
+    assert (card.config, card.names) == (config, ("a", "b"))
+    images = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine, other = ours(images, all_stages=True).matching, theirs(pixel_values=images)
+    distance, index = torch.cdist(mine.boxes[0, 0], other.enc_topk_bboxes[0], p=torch.inf).min(dim=-1)
+    common = distance < 1e-5
+    assert common.float().mean() > 0.97
+    torch.testing.assert_close(mine.logits[-1, 0][common], other.logits[0][index][common], atol=1e-4, rtol=0)
+
+    first = {re.sub(r"(encoder\.input_proj\.\d)\.conv", r"\1.0", key): v for key, v in official(ours).items()}
+    first = {re.sub(r"(^encoder\.input_proj\.\d)\.norm", r"\1.1", key): v for key, v in first.items()}
+    torch.save({"ema": {"module": first}}, tmp_path / "rtdetr_r18vd.pth")
+    again, _ = load_weights(tmp_path / "rtdetr_r18vd.pth")
+    with torch.inference_mode():
+        assert torch.equal(again(images).matching.boxes, ours(images).matching.boxes)
 
 
 @pytest.mark.parametrize("name", ["dfine-s", "rtdetrv2-r18"])

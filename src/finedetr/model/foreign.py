@@ -97,7 +97,9 @@ _TO_TRANSFORMERS: Rules = (
     (r"\.self_attention\.out\.", ".self_attn.o_proj."),
     (r"\.self_attention\.", ".self_attn."),
 )
-_OLD_SPELLINGS: Rules = (  # what save_pretrained writes
+_OLD_SPELLINGS: Rules = (  # what save_pretrained writes; and RT-DETR's first version
+    (r"^encoder\.input_proj\.(\d+)\.conv\.", r"encoder.input_proj.\1.0."),
+    (r"^encoder\.input_proj\.(\d+)\.norm\.", r"encoder.input_proj.\1.1."),
     (r"model\.encoder\.aifi\.", "model.encoder.encoder."),
     (r"\.mlp\.layers\.0\.", ".fc1."),
     (r"\.mlp\.layers\.1\.", ".fc2."),
