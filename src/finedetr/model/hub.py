@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from finedetr.errors import ModelError, did_you_mean
@@ -66,9 +67,10 @@ def fetch(target: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # no network, no such repository, no permission: the library has a class for each
+        reason = re.split(r"\. |\n", str(error).strip())[0]
         raise ModelError(
             f"{target}: {' and '.join(FILES)} of the Hub's repository {repository} cannot be fetched "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            f"({type(error).__name__}: {reason})",
             code="not_found",
             hint="Without a network: put both files into one folder by hand, and give that folder instead of the name.",
         ) from error
