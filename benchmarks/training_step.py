@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace, images: torch.Tensor, targets: Targets, preci
 def theirs(args: argparse.Namespace, images: torch.Tensor, targets: Targets, precision: str) -> Step:
     """A step of transformers with its own loss."""
     torch.manual_seed(0)
-    detector = transformers_detector(variant(args.model), args.classes, (args.size, args.size)).to(args.device).train()
+    detector = transformers_detector(variant(args.model), args.classes).to(args.device).train()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-4, weight_decay=1e-4)
     context = Precision(precision, torch.device(args.device))
     labels = [

@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign import to_transformers, transformers_config
 from finedetr.model.layers import FrozenBatchNorm2d
+from finedetr.model.transformers import to_transformers, transformers_config
 
 
-def transformers_detector(config: ModelConfig, classes: int, size: tuple[int, int]) -> nn.Module:
+def transformers_detector(config: ModelConfig, classes: int) -> nn.Module:
     """`transformers`' detector of the same make, in eval mode, at its own random weights."""
     from transformers import DFineConfig, DFineForObjectDetection, RTDetrV2Config, RTDetrV2ForObjectDetection
 
-    del size  # positions and anchors are made anew for every input
     if config.decoder.activation != "relu":  # the nearest there is, for benchmarks
         config = replace(config, decoder=replace(config.decoder, activation="relu", position_layers=2))
     settings = transformers_config(config, tuple(f"c{index}" for index in range(classes)))
-    settings["eval_size"] = None
+    settings["eval_size"] = None  # positions and anchors are made anew for every input
     if settings["model_type"] == "d_fine":
         return DFineForObjectDetection(DFineConfig(**settings)).eval()
     return RTDetrV2ForObjectDetection(RTDetrV2Config(**settings)).eval()
@@ -44,13 +43,29 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def pair(config: ModelConfig, classes: int, size: tuple[int, int], seed: int = 0) -> tuple[Detector, nn.Module]:
+def pair(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Detector, nn.Module]:
     """Our detector at random weights and theirs with the same ones, both in eval mode."""
     torch.manual_seed(seed)
     ours = Detector(config, classes).eval()
     randomize(ours, seed)
-    theirs = transformers_detector(config, classes, size)
+    theirs = transformers_detector(config, classes)
     missing, unexpected = theirs.load_state_dict(to_transformers(ours.state_dict()), strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(("num_points_scale", "n_points_scale")) for key in missing), missing
     return ours, theirs
+
+
+def assert_same_answers(ours: Detector, theirs: nn.Module, size: tuple[int, int]) -> Tensor:
+    """Holds our logits and boxes to theirs within 1e-4, query by query; returns the images [1, 3, H, W] they saw.
+
+    Ties of the top-k may choose a few other tokens, and in another order: a query is known by its initial box.
+    """
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine, other = ours(images, all_stages=True).matching, theirs(pixel_values=images)
+    distance, index = torch.cdist(mine.boxes[0, 0], other.enc_topk_bboxes[0], p=torch.inf).min(dim=-1)
+    common = distance < 1e-5
+    assert common.float().mean() > 0.97
+    torch.testing.assert_close(mine.logits[-1, 0][common], other.logits[0][index][common], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.boxes[-1, 0][common], other.pred_boxes[0][index][common], atol=1e-4, rtol=0)
+    return images

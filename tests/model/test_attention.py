@@ -26,6 +26,16 @@ def test_the_sum_of_corners_equals_grid_sample_and_its_gradients() -> None:
         torch.testing.assert_close(fast, plain, atol=2e-6, rtol=1e-4)
 
 
+def test_a_place_that_is_no_number_reaches_the_answer() -> None:
+    attention = DeformableAttention(8, 2, (2, 1))
+    maps = [torch.rand(1, 8, h, w) for h, w in ((4, 4), (2, 2))]
+    places = torch.rand(1, 3, 2, 3, 2)
+    places[0, 1, 0, 2, 0] = torch.nan
+    out = attention._sum_of_corners(places, torch.rand(1, 3, 2, 3), tuple(maps))
+    assert out[0, 1, :4].isnan().all()  # the first head's half
+    assert out[0, [0, 2]].isfinite().all()
+
+
 def test_points_start_on_rays_one_direction_a_head() -> None:
     bias = DeformableAttention(32, 8, (2, 1)).sampling_offsets.bias.view(8, 3, 2)
     torch.testing.assert_close(bias[0], torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.0]]))

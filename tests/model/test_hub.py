@@ -9,8 +9,8 @@ import torch
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
-from finedetr.model.foreign import write_transformers
 from finedetr.model.hub import PUBLISHED, fetch, is_name
+from finedetr.model.transformers import write_transformers
 from finedetr.model.weights import load_weights
 from finedetr.model.zoo import ZOO, variant
 from finedetr.train.folder import find_weights

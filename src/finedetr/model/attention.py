@@ -124,7 +124,8 @@ class _WeightedCorners(torch.autograd.Function):
         pixel = torch.minimum(wanted.clamp(min=-1), sizes)
         low = torch.minimum(pixel.floor(), sizes - 1)
         share = pixel - low
-        x, y = low.to(torch.int32)
+        # A place that is no number still makes its answer none: the share carries it to the losses, which name it.
+        x, y = low.nan_to_num(nan=0.0).to(torch.int32)
         origin = (torch.arange(batch, dtype=torch.int32) * cells)[:, None, None, None] + (starts + line + 1)
         row = (origin + y * line + x) * heads + torch.arange(heads, dtype=torch.int32)[:, None]
         ctx.grid = grid

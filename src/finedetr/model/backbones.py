@@ -5,12 +5,13 @@ from __future__ import annotations
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.model.config import BackboneConfig
 from finedetr.model.hgnet import HGNETS, HGNet
+from finedetr.model.layers import Backbone
 from finedetr.model.resnet import RESNETS, ResNet
 
 __all__ = ["build_backbone"]
 
 
-def build_backbone(config: BackboneConfig) -> HGNet | ResNet:
+def build_backbone(config: BackboneConfig) -> Backbone:
     """Pictures to feature maps; `channels` says how wide they are.
 
     Raises:

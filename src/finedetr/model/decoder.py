@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class Answers:
         return Refinement(torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """The loop. What a layer answers, and how it moves the boxes, is left to the two kinds below."""
 
     def __init__(self, config: DecoderConfig, classes: int) -> None:
@@ -163,11 +164,11 @@ class Decoder(nn.Module):
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
 
+    @abstractmethod
     def _answer(
         self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
     ) -> Tensor:
         """Adds what layer `index` answers where that is wanted; the next reference boxes, without gradient."""
-        raise NotImplementedError
 
 
 class DistributionDecoder(Decoder):

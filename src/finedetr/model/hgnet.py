@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.model.config import BackboneConfig
-from finedetr.model.layers import ConvNorm
+from finedetr.model.layers import Backbone, ConvNorm
 
 __all__ = ["HGNETS", "HGNet", "HGNetTable"]
 
@@ -36,6 +36,11 @@ class HGNetTable:
 
     stem: tuple[int, int]
     stages: tuple[StageRow, ...]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the map of each stage."""
+        return tuple(row.outputs for row in self.stages)
 
 
 def _table(stem: tuple[int, int], layers: int, rows: tuple[tuple[int, int, int, int], ...]) -> HGNetTable:
@@ -143,35 +148,17 @@ class Stage(nn.Module):
         return x
 
 
-class HGNet(nn.Module):
-    """The backbone: pictures to the maps of the chosen stages, at strides 4·2^stage."""
+class HGNet(Backbone):
+    """HGNetv2."""
 
     def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
         if config.name not in HGNETS:
             raise ConfigError(f"no HGNetv2 is called {config.name!r}", hint=did_you_mean(config.name, HGNETS))
         table = HGNETS[config.name]
-        self.returned = config.stages
-        self.channels = tuple(table.stages[stage].outputs for stage in config.stages)
         frozen = config.freeze_norm
+        super().__init__(config.stages, table.channels)
         self.stem = Stem(*table.stem, affine=config.affine, frozen=frozen)
         self.stages = nn.ModuleList(
             Stage(row, affine=config.affine, frozen=frozen) for row in table.stages[: max(config.stages) + 1]
         )
-        for module in self.modules():
-            if isinstance(
-                module, nn.Conv2d
-            ):  # the published detectors start from ImageNet weights; without, this helps
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if config.freeze_stem:
-            self.stem.requires_grad_(False)
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D H2 W2"], ...]:
-        """One map for each returned stage, finest first."""
-        x = self.stem(images)
-        maps = []
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index in self.returned:
-                maps.append(x)
-        return tuple(maps)
+        self.initialize(config.freeze_stem)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "MLP", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "focal_bias"]
+__all__ = ["ACTIVATIONS", "MLP", "Backbone", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "focal_bias"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -168,6 +168,36 @@ class ConvNorm(nn.Module):
         )
         out: Tensor = _Floor.apply(x, affine.bias, bool(affine.scale < 0))  # type: ignore[no-untyped-call]
         return out
+
+
+class Backbone(nn.Module):
+    """Pictures to the maps of the chosen stages, at strides 4·2^stage. Subclasses make `stem` and `stages`."""
+
+    stem: nn.Module
+    stages: nn.ModuleList
+
+    def __init__(self, returned: tuple[int, ...], channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.returned = returned
+        self.channels = tuple(channels[stage] for stage in returned)
+
+    def initialize(self, freeze_stem: bool) -> None:
+        """Random weights: the published detectors start from ImageNet weights; without, these help."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if freeze_stem:
+            self.stem.requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D H2 W2"], ...]:
+        """One map for each returned stage, finest first."""
+        x = self.stem(images)
+        maps = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index in self.returned:
+                maps.append(x)
+        return tuple(maps)
 
 
 class MLP(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.model.config import BackboneConfig
-from finedetr.model.layers import ConvNorm
+from finedetr.model.layers import Backbone, ConvNorm
 
 __all__ = ["RESNETS", "ResNet", "ResNetTable"]
 
@@ -23,6 +23,11 @@ class ResNetTable:
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the map of each stage."""
+        return tuple((4 if self.bottleneck else 1) * width for width in _WIDTHS)
 
 
 RESNETS: dict[str, ResNetTable] = {
@@ -64,46 +69,32 @@ class Residual(nn.Module):
         return F.relu(self.convs(x) + added)
 
 
-class ResNet(nn.Module):
-    """The backbone: pictures to the maps of the chosen stages, at strides 4·2^stage."""
+class ResNet(Backbone):
+    """ResNet-vd."""
 
     def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
         if config.name not in RESNETS:
             raise ConfigError(f"no ResNet-vd is called {config.name!r}", hint=did_you_mean(config.name, RESNETS))
         table, frozen = RESNETS[config.name], config.freeze_norm
-        factor = 4 if table.bottleneck else 1
-        self.returned = config.stages
-        self.channels = tuple(factor * _WIDTHS[stage] for stage in config.stages)
+        super().__init__(config.stages, table.channels)
         self.stem = nn.Sequential(
             ConvNorm(3, 32, 3, 2, act="relu", frozen=frozen),
             ConvNorm(32, 32, 3, act="relu", frozen=frozen),
             ConvNorm(32, 64, 3, act="relu", frozen=frozen),
+            nn.MaxPool2d(3, 2, 1),
         )
         self.stages = nn.ModuleList()
         inputs = 64
         for stage in range(max(config.stages) + 1):
-            width, blocks = _WIDTHS[stage], []
+            blocks = []
             for block in range(table.blocks[stage]):
                 stride = 2 if block == 0 and stage > 0 else 1
-                # published code has a convolution in the shortcut of every stage's first block, needed or not
+                # the published code has a convolution in the shortcut of every stage's first block, needed or not
                 blocks.append(
-                    Residual(inputs, width, stride, bottleneck=table.bottleneck, shortcut=block == 0, frozen=frozen)
+                    Residual(
+                        inputs, _WIDTHS[stage], stride, bottleneck=table.bottleneck, shortcut=block == 0, frozen=frozen
+                    )
                 )
-                inputs = factor * width
+                inputs = table.channels[stage]
             self.stages.append(nn.Sequential(*blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if config.freeze_stem:
-            self.stem.requires_grad_(False)
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D H2 W2"], ...]:
-        """One map for each returned stage, finest first."""
-        x = F.max_pool2d(self.stem(images), 3, 2, 1)
-        maps = []
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index in self.returned:
-                maps.append(x)
-        return tuple(maps)
+        self.initialize(config.freeze_stem)

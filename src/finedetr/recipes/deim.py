@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from finedetr.model.zoo import ZOO
 from finedetr.recipes.dfine import dfine, with_numbers
-from finedetr.recipes.published import DEIM, DEIM_RTDETRV2, row
+from finedetr.recipes.published import HOSTS, row
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.terms import MatchabilityAware, Varifocal
 from finedetr.train.recipe import Recipe
@@ -29,10 +29,9 @@ def deim(base: Recipe) -> Recipe:
     name, twin = base.model.name, f"deim-{base.model.name}"
     if base.model == ZOO.get(name) and twin in ZOO:
         base = replace(base, model=ZOO[twin])
-    if base.model.decoder.boxes == "distributions":
-        recipe = with_numbers(dfine(base), row(DEIM, name))
-    else:
-        recipe = with_numbers(rtdetrv2(base), row(DEIM_RTDETRV2, name))
+    boxes = base.model.decoder.boxes
+    host = dfine if boxes == "distributions" else rtdetrv2
+    recipe = with_numbers(host(base), row(HOSTS[boxes][1], name))
     return replace(
         recipe,
         name="deim",

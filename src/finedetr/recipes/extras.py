@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finedetr.recipes.published import DEIM, DEIM_RTDETRV2, DFINE, RTDETRV2, row
+from finedetr.recipes.published import HOSTS, row
 from finedetr.train.recipe import Recipe
 
 __all__ = ["constant_rate", "late_matching", "official_groups"]
@@ -23,10 +23,7 @@ def official_groups(base: Recipe) -> Recipe:
 
     The published numbers were reached with these; whether they differ from the intended ones is not known.
     """
-    if base.model.decoder.boxes == "plain":
-        table = DEIM_RTDETRV2 if base.name.startswith("deim") else RTDETRV2
-    else:
-        table = DEIM if base.name.startswith("deim") else DFINE
+    table = HOSTS[base.model.decoder.boxes][base.name.startswith("deim")]
     return replace(base, optimizer=replace(base.optimizer, grouping=row(table, base.model.name).groups))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.train.optimizer import Grouping
 
-__all__ = ["DEIM", "DEIM_RTDETRV2", "DFINE", "RTDETRV2", "Published", "row"]
+__all__ = ["DEIM", "DEIM_RTDETRV2", "DFINE", "HOSTS", "RTDETRV2", "Published", "row"]
 
 
 _SMALL = Grouping(decay_backbone_norms=True, decay_affine=True)
@@ -70,6 +70,10 @@ DEIM_RTDETRV2: dict[str, Published] = {  # spec 4.3
     "r50": Published(2e-4, 2e-5, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
     "r101": Published(2e-4, 2e-6, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
 }
+
+
+HOSTS = {"distributions": (DFINE, DEIM), "plain": (RTDETRV2, DEIM_RTDETRV2)}
+"""By the kind of boxes: the host's own rows, and those of DEIM on it."""
 
 
 def row(table: dict[str, Published], model: str) -> Published:

@@ -1,0 +1,163 @@
+"""Our detectors for Hugging Face transformers: its configuration and its names for the same tensors (spec 2.3)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finedetr.errors import ModelError
+from finedetr.model.config import BackboneConfig, ModelConfig
+from finedetr.model.detector import Detector
+from finedetr.model.foreign_names import transformers_names
+from finedetr.model.hgnet import HGNETS
+from finedetr.model.resnet import RESNETS
+
+__all__ = ["to_transformers", "transformers_config", "write_transformers"]
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the names of DFineForObjectDetection or RTDetrV2ForObjectDetection (as in memory)."""
+    theirs: dict[str, Tensor] = {}
+    plain = any(key.startswith("decoder.box_heads.") for key in state)
+    resnet = any(key.startswith("backbone.stem.0.") for key in state)
+    for key, tensor in state.items():
+        names = transformers_names(key, plain=plain, resnet=resnet)
+        for name, part in zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True):
+            theirs[name] = part
+            if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
+                theirs[name.removeprefix("model.decoder.")] = part
+    return theirs
+
+
+def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """What transformers calls a configuration (`config.json`) of one of our models.
+
+    Raises:
+        ModelError: It has no such model: DEIM's SiLU heads are wired as ReLU there, and RT-DETRv2 has ResNets only.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    resnet = config.backbone.name in RESNETS
+    if decoder.activation != "relu" or decoder.position_layers != 2 or resnet != (decoder.boxes == "plain"):
+        raise ModelError(
+            f"transformers has no model like {config.name!r}",
+            code="unsupported",
+            hint="The dfine models and rtdetrv2-r18 to r101 can be written for it; DEIM's variants cannot.",
+        )
+    levels = len(config.backbone.stages)
+    channels = (RESNETS if resnet else HGNETS)[config.backbone.name].channels
+    common: dict[str, Any] = {
+        "use_pretrained_backbone": False,
+        "freeze_backbone_batch_norms": config.backbone.freeze_norm,
+        "encoder_in_channels": [channels[stage] for stage in config.backbone.stages],
+        "encoder_hidden_dim": encoder.width,
+        "encoder_ffn_dim": encoder.feedforward,
+        "encoder_layers": encoder.layers,
+        "encode_proj_layers": [levels - 1],
+        "hidden_expansion": float(encoder.expansion),
+        "feat_strides": list(config.strides),
+        "decoder_in_channels": [encoder.width] * levels,
+        "d_model": decoder.width,
+        "decoder_ffn_dim": decoder.feedforward,
+        "num_feature_levels": levels,
+        "decoder_layers": decoder.answering or decoder.layers,
+        "num_queries": decoder.queries,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if resnet:
+        return {
+            **common,
+            "model_type": "rt_detr_v2",
+            "architectures": ["RTDetrV2ForObjectDetection"],
+            "backbone_config": _resnet(config.backbone),
+            "decoder_n_points": decoder.points[0],
+        }
+    return {
+        **common,
+        "model_type": "d_fine",
+        "architectures": ["DFineForObjectDetection"],
+        "backbone_config": _hgnet(config.backbone),
+        "depth_mult": float(encoder.depth),
+        "decoder_n_points": list(decoder.points),
+        "max_num_bins": decoder.bins - 1,
+        "reg_scale": float(decoder.scale),
+    }
+
+
+def _resnet(config: BackboneConfig) -> dict[str, Any]:
+    table = RESNETS[config.name]
+    return {
+        "model_type": "rt_detr_resnet",
+        "embedding_size": 64,
+        "hidden_sizes": list(table.channels),
+        "depths": list(table.blocks),
+        "layer_type": "bottleneck" if table.bottleneck else "basic",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "out_features": [f"stage{stage + 1}" for stage in config.stages],
+    }
+
+
+def _hgnet(config: BackboneConfig) -> dict[str, Any]:
+    table = HGNETS[config.name]
+    return {
+        "model_type": "hgnet_v2",
+        "num_channels": 3,
+        "stem_channels": [3, *table.stem],
+        "depths": [row.blocks for row in table.stages],
+        "hidden_sizes": [row.outputs for row in table.stages],
+        "stage_in_channels": [row.inputs for row in table.stages],
+        "stage_mid_channels": [row.middle for row in table.stages],
+        "stage_out_channels": [row.outputs for row in table.stages],
+        "stage_num_blocks": [row.blocks for row in table.stages],
+        "stage_numb_of_layers": [row.layers for row in table.stages],
+        "stage_downsample": [row.downsample for row in table.stages],
+        "stage_light_block": [row.light for row in table.stages],
+        "stage_kernel_size": [row.kernel for row in table.stages],
+        "use_learnable_affine_block": config.affine,
+        "out_features": [f"stage{stage + 1}" for stage in config.stages],
+    }
+
+
+def write_transformers(
+    folder: Path, detector: Detector, names: tuple[str, ...], size: tuple[int, int] = (640, 640)
+) -> Path:
+    """Writes a folder that `transformers` loads with `from_pretrained`: model, configuration, preprocessing.
+
+    Args:
+        folder: Made where it is absent; its three files are replaced.
+        detector: Trained weights.
+        names: Class names in the order of the answers.
+        size: (height, width) of the input.
+
+    Raises:
+        ModelError: See `transformers_config`.
+    """
+    settings = transformers_config(detector.config, names)
+    layers = settings["decoder_layers"]
+    state = {}
+    for key, tensor in to_transformers(detector.state_dict()).items():
+        beyond = re.match(r"model\.decoder\.(layers|class_embed|bbox_embed|lqe_layers)\.(\d+)\.", key)
+        if key.startswith("model.") and not (beyond and int(beyond[2]) >= layers):
+            state[key] = tensor.detach().to("cpu").contiguous().clone()
+    processor = {
+        "image_processor_type": "RTDetrImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+        "do_pad": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in (("config.json", settings), ("preprocessor_config.json", processor)):
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
