@@ -83,9 +83,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         names=card.names,
         progress=_progress,
     )
-    folder = flags.out or (flags.weights if flags.weights.is_dir() else file.parent)
-    if flags.out is None and not flags.weights.exists():  # a published name: nothing goes into the Hub's cache
-        folder = Path()
+    where = flags.weights if flags.weights.is_dir() else flags.weights.parent
+    folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
     numbers = _write(folder / f"evaluation_{flags.split}.json", document)
     results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())

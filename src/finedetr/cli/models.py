@@ -41,7 +41,10 @@ PUBLISHED = {  # COCO val2017 AP of the papers, COCO training only (spec section
 
 @dataclass(frozen=True)
 class Models:
-    """List the models that can be trained, with their parameters (80 classes) and the AP that the papers report."""
+    """List the models that can be trained, with their parameters (80 classes) and the AP that the papers report.
+
+    `finedetr models convert` carries weights from and to other people's code.
+    """
 
     json: bool = False
     """Print one JSON document."""
@@ -94,7 +97,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:
-    from finedetr.model.foreign import write_transformers
+    from finedetr.model.transformers import write_transformers
     from finedetr.model.weights import load_weights, save_weights
     from finedetr.train.folder import find_weights
 

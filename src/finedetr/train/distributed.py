@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finedetr.errors import RunError, UsageError
 
-__all__ = ["World", "choose_device", "open_world", "unwrap"]
+__all__ = ["World", "choose_device", "keep_freed_memory", "open_world", "unwrap"]
 
 PATIENCE = timedelta(minutes=30)  # an evaluation on the first process may take its time
 
@@ -163,8 +163,10 @@ def keep_freed_memory() -> None:
     setting = getattr(ctypes.CDLL(None), "mallopt", None)
     if setting is None:
         return
-    for option, value in ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_, M_TRIM_THRESHOLD, M_TOP_PAD
-        setting(option, value)
+    options = {"M_MMAP_THRESHOLD": -3, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2}  # malloc.h
+    setting(options["M_MMAP_THRESHOLD"], 32 * 2**20)  # the most that glibc takes
+    setting(options["M_TRIM_THRESHOLD"], 2**31 - 1)
+    setting(options["M_TOP_PAD"], 64 * 2**20)
 
 
 def _variable(name: str, default: int) -> int:
