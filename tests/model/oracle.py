@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
+from finedetr.model.foreign_names import official_names
 from finedetr.model.layers import FrozenBatchNorm2d
 from finedetr.model.transformers import to_transformers, transformers_config
 
@@ -49,10 +50,32 @@ def pair(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Detector, nn
     ours = Detector(config, classes).eval()
     randomize(ours, seed)
     theirs = transformers_detector(config, classes)
-    missing, unexpected = theirs.load_state_dict(to_transformers(ours.state_dict()), strict=False)
+    missing, unexpected = theirs.load_state_dict(to_transformers(ours.state_dict(), config), strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(("num_points_scale", "n_points_scale")) for key in missing), missing
     return ours, theirs
+
+
+def official(detector: Detector) -> dict[str, Tensor]:
+    """Our weights as the official code would save them, with all that a reader has to leave out."""
+    config, theirs = detector.config, {}
+    for key, tensor in detector.state_dict().items():
+        names = official_names(key, config)
+        for name, part in zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,), strict=True):
+            joint, _, which = name.partition("@")
+            theirs[joint] = torch.cat((theirs[joint], part)) if which == "v" else part
+    theirs["decoder.anchors"], theirs["decoder.valid_mask"] = torch.zeros(1, 9, 4), torch.zeros(1, 9, 1)
+    for index in range(config.decoder.layers):
+        theirs[f"decoder.decoder.layers.{index}.cross_attn.num_points_scale"] = torch.zeros(12)
+    for key in list(theirs):
+        if config.decoder.shared_boxes and key.startswith("decoder.dec_bbox_head.0."):
+            theirs |= {key.replace(".0.", f".{index}.", 1): theirs[key] for index in range(config.decoder.layers)}
+        if key.startswith("backbone.dinov3.blocks.") and key.endswith("qkv.bias"):
+            width = len(theirs[key]) // 3
+            theirs[f"{key}_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(width)
+        if key in ("decoder.up", "decoder.reg_scale"):
+            theirs[key.replace("decoder.", "decoder.decoder.")] = theirs[key]
+    return theirs
 
 
 def assert_same_answers(ours: Detector, theirs: nn.Module, size: tuple[int, int]) -> Tensor:

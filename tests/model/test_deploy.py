@@ -58,6 +58,8 @@ def test_fusing_leaves_the_original_alone() -> None:
 SCRIPT = """
 import sys, torch
 from finedetr.model.deploy import deployed
+from finedetr.model.detector import Detector
+from finedetr.model.zoo import ZOO
 from tests.model import test_detector, test_rtdetrv2
 
 class Answers(torch.nn.Module):
@@ -69,7 +71,9 @@ class Answers(torch.nn.Module):
         return matching.logits[-1], matching.boxes[-1]
 
 how, shipped = sys.argv[1], sys.argv[2] == "deployed"
-detector = {"dfine": test_detector, "rtdetrv2": test_rtdetrv2}[sys.argv[3]].tiny().eval()
+family = {"dfine": test_detector, "rtdetrv2": test_rtdetrv2}.get(sys.argv[3])
+detector = Detector(ZOO[sys.argv[3]], 5) if family is None else family.tiny()
+detector.eval()
 model = Answers(deployed(detector) if shipped else detector).eval()
 images = torch.rand(2, 3, 64, 96)
 with torch.inference_mode(False), torch.no_grad():
@@ -85,7 +89,7 @@ for a, b in zip(eager, other, strict=True):
 
 
 @pytest.mark.parametrize(("how", "form"), [("export", "plain"), ("export", "deployed"), ("aot_eager", "plain")])
-@pytest.mark.parametrize("family", ["dfine", "rtdetrv2"])
+@pytest.mark.parametrize("family", ["dfine", "rtdetrv2", "deimv2-atto", "deimv2-l"])
 def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str, family: str) -> None:
     # in a process of its own: the shape checks of the tests would break the graph
     command = [sys.executable, "-c", SCRIPT, how, form, family]

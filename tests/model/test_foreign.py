@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import COCO_IDS, COCO_NAMES, read_foreign
-from finedetr.model.foreign_names import official_names
 from finedetr.model.transformers import transformers_config, write_transformers
 from finedetr.model.weights import load_weights, read_card, transfer_weights
 from finedetr.model.zoo import ZOO, variant
-from tests.model.oracle import assert_same_answers, pair, randomize
+from tests.model.oracle import assert_same_answers, official, pair, randomize
 
 ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
     "dfine-n": 674,
@@ -38,27 +36,15 @@ ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
     "deim-rtdetrv2-r34": 667,
     "deim-rtdetrv2-r50": 801,
     "deim-rtdetrv2-r101": 1107,
+    "deimv2-atto": 493,
+    "deimv2-femto": 493,
+    "deimv2-pico": 551,
+    "deimv2-n": 639,
+    "deimv2-s": 673,
+    "deimv2-m": 769,
+    "deimv2-l": 809,
+    "deimv2-x": 989,
 }
-
-
-def official(detector: Detector) -> dict[str, Tensor]:
-    """Our weights as the official code would save them, with all that a reader has to leave out."""
-    config = detector.config
-    plain, resnet = config.decoder.boxes == "plain", config.backbone.name.startswith("R")
-    theirs: dict[str, Tensor] = {}
-    for key, tensor in detector.state_dict().items():
-        (name,) = official_names(key, plain=plain, resnet=resnet)
-        name, _, part = name.partition("@")
-        if part:
-            both = (theirs[name], tensor) if part == "v" else (tensor,)
-            tensor = torch.cat(both)
-        theirs[name] = tensor
-    theirs["decoder.anchors"], theirs["decoder.valid_mask"] = torch.zeros(1, 9, 4), torch.zeros(1, 9, 1)
-    for index in range(config.decoder.layers):
-        theirs[f"decoder.decoder.layers.{index}.cross_attn.num_points_scale"] = torch.zeros(12)
-    if not plain:
-        theirs["decoder.decoder.up"], theirs["decoder.decoder.reg_scale"] = torch.zeros(1), torch.zeros(1)
-    return theirs
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -88,6 +74,34 @@ def test_official_names_are_those_of_the_official_code() -> None:
         "decoder.dec_bbox_head.5.layers.0.weight",
         "decoder.denoising_class_embed.weight",
     } <= dfine.keys()
+    with torch.device("meta"):
+        tiny, vit, dinov3 = (official(Detector(variant(f"deimv2-{size}"), 80)) for size in ("atto", "s", "x"))
+    assert {
+        "encoder.down_sample2.1.weight",
+        "encoder.bi_fusion.cv.norm.bias",
+        "encoder.pan_block.cv3.0.bottlenecks.1.conv2.conv.weight",
+        "decoder.decoder.layers.0.norm2.scale",
+        "decoder.decoder.layers.2.swish_ffn.w12.bias",
+        "decoder.dec_bbox_head.2.layers.0.weight",
+    } <= tiny.keys()
+    assert {
+        "backbone.dinov3._model.blocks.11.mlp.fc2.weight",
+        "backbone.dinov3._model.rope_embed.periods",
+        "backbone.sta.conv4.2.running_var",
+        "backbone.convs.2.weight",
+        "backbone.norms.0.bias",
+        "encoder.fpn_blocks.1.cv2.0.conv1.conv.weight",
+        "decoder.decoder.layers.3.gateway.norm.scale",
+        "decoder.query_pos_head.layers.2.weight",
+    } <= vit.keys()
+    assert {
+        "backbone.dinov3.mask_token",
+        "backbone.dinov3.norm.weight",
+        "backbone.dinov3.blocks.0.attn.qkv.bias_mask",
+        "backbone.dinov3.blocks.5.ls2.gamma",
+        "backbone.dinov3.blocks.11.mlp.w3.bias",
+    } <= dinov3.keys()
+    assert not {key for key in (*tiny, *vit, *dinov3) if key.startswith(("encoder.input_proj.1", "decoder.enc_output"))}
     assert {
         "backbone.conv1.conv1_3.norm.weight",
         "backbone.res_layers.0.blocks.0.short.conv.weight",

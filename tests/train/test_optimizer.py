@@ -7,6 +7,7 @@ from torch import nn
 from finedetr.errors import ConfigError
 from finedetr.model.detector import Detector
 from finedetr.model.layers import LearnableAffine
+from finedetr.model.zoo import variant
 from finedetr.train.optimizer import NORMS, Grouping, adamw, parameter_groups
 from tests.train.tiny import TINY
 
@@ -105,3 +106,11 @@ def test_the_fused_step_is_adamw() -> None:
             optimizer.step()
         values.append(layer.weight.detach().clone())
     torch.testing.assert_close(values[0], values[1])
+
+
+def test_only_the_transformer_of_an_adapted_backbone_trains_at_its_rate() -> None:
+    with torch.device("meta"):
+        detector = Detector(variant("deimv2-s"), 2)
+    groups = parameter_groups(detector, lr=1.0, weight_decay=0.1, backbone=0.05)
+    slow = {id(p) for group in groups if group["lr"] == 0.05 for p in group["params"]}
+    assert slow == {id(p) for p in detector.backbone.vit.parameters()}

@@ -82,6 +82,19 @@ def test_deim_takes_the_twin_of_a_published_variant_and_leaves_others_alone() ->
     assert build(TINY, "deim", random_start=False).model == TINY
 
 
+def test_deimv2_is_trained_by_its_own_recipe() -> None:
+    small = build(variant("deimv2-s"), random_start=False)
+    assert small == build(variant("deimv2-s"), "deimv2", random_start=False)
+    assert (small.epochs, small.optimizer.lr, small.normalization is not None) == (132, 5e-4, True)
+    assert small.optimizer.lr * small.optimizer.backbone == pytest.approx(2.5e-5)
+    assert round(small.schedule.late_matching * small.epochs) == 100
+    assert small.augmentation.copy_blend == 0.5
+    atto = build(variant("deimv2-atto"), random_start=False)
+    assert atto.size == (320, 320)
+    assert [type(term).__name__ for term in atto.objective.terms] == ["MatchabilityAware", "BoxL1", "BoxGIoU"]
+    assert (atto.augmentation.mosaic, atto.augmentation.mixup, atto.augmentation.min_size) == (0.3, 0.0, 12)
+
+
 def test_deim_on_plain_boxes_takes_the_objective_of_rt_detrv2() -> None:
     recipe = build(variant("rtdetrv2-r18"), random_start=False)
     assert recipe.model == ZOO["deim-rtdetrv2-r18"]

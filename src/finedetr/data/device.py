@@ -1,4 +1,4 @@
-"""What is done to a batch where it is trained: mixup, multi-scale, bytes to floats."""
+"""What is done to a batch where it is trained: mixup, pasted objects, multi-scale, bytes to floats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from finedetr.data.blend import paste, plan_pastes
 from finedetr.data.transforms import Augmentation, Windows
 from finedetr.errors import ConfigError
 from finedetr.records import Batch, Targets
@@ -22,7 +23,7 @@ MIX = 2  # the stream of random numbers, beside those of the loader
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Mixup and multi-scale of a batch, and its pictures as floats in 0..1.
+    """Mixup, pasted objects and multi-scale of a batch, and its pictures as floats in 0..1.
 
     Random numbers follow from (seed, epoch, step) alone: every rank draws the same, and a resumed run repeats them.
     """
@@ -48,10 +49,16 @@ class OnDevice:
         chances = rng.random(3)
         active = self.windows.kind(epoch)
         images = batch.images.to(self.device, non_blocking=True).float().div_(255)
-        targets = batch.targets.to(self.device, non_blocking=True)
-        if active.mixup and chances[0] < self.augmentation.mixup:
-            low, high = self.augmentation.mixup_share
-            images, targets = mix(images, targets, round(low + (high - low) * float(chances[1]), 6))
+        low, high = self.augmentation.mixup_share
+        share = round(low + (high - low) * float(chances[1]), 6)
+        mixed = active.mixup and chances[0] < self.augmentation.mixup
+        if not mixed and active.copy_blend and rng.random() < self.augmentation.copy_blend:
+            pastes, targets = plan_pastes(batch.targets, images.shape[-2:], self.augmentation, rng)
+            images, targets = paste(images, pastes, share), targets.to(self.device, non_blocking=True)
+        else:
+            targets = batch.targets.to(self.device, non_blocking=True)
+        if mixed:
+            images, targets = mix(images, targets, share)
         if active.multi_scale and self.augmentation.multi_scale_repeat is not None:
             sizes = base_sizes(self.size, self.augmentation.multi_scale_repeat)
             size = sizes[min(int(chances[2] * len(sizes)), len(sizes) - 1)]

@@ -49,10 +49,14 @@ class Augmentation:
     min_size: float = 1.0  # boxes thinner than this many pixels are dropped, on the canvas and in the network's input
     mixup: float = 0.5  # of a batch, in the mosaic window
     mixup_share: tuple[float, float] = (0.45, 0.55)
+    copy_blend: float = 0.0  # of a batch without mixup, while strong augmentation is on; DEIMv2: 0.5
+    copy_blend_objects: int = 3  # pasted into each picture
+    copy_blend_area: float = 100.0  # pixels that an object must have to be pasted
+    copy_blend_margin: tuple[float, float] = (0.1, 0.25)  # of its surroundings, as a share of its size
     multi_scale_repeat: int | None = 3  # how often the base size stands in the list of sizes; None: one size only
 
     def __post_init__(self) -> None:
-        for name in ("mosaic", "photometric", "zoom_out", "crop", "flip", "quarter_turns", "mixup"):
+        for name in ("mosaic", "photometric", "zoom_out", "crop", "flip", "quarter_turns", "mixup", "copy_blend"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augmentation.{name}: wanted a probability in 0..1; got {getattr(self, name)}")
         for name in ("mosaic_scale", "zoom_out_side", "crop_scale", "crop_aspect"):
@@ -71,6 +75,7 @@ class Active:
     mosaic: bool = False
     standard: bool = False  # photometric distortion, zoom-out, IoU crop
     mixup: bool = False
+    copy_blend: bool = False
     multi_scale: bool = False
 
 
@@ -79,7 +84,8 @@ class Windows:
     """The epochs at which the augmentation changes.
 
     `[0, start)` none, `[start, mosaic_end)` mosaic and mixup with their probabilities (else standard),
-    `[mosaic_end, plain_from)` standard, then plain. D-FINE's form has no mosaic: `Windows(0, 0, plain_from)`.
+    `[mosaic_end, plain_from)` standard, then plain; objects are pasted in `[start, plain_from)`. D-FINE's form has no
+    mosaic: `Windows(0, 0, plain_from)`.
     """
 
     start: int
@@ -105,8 +111,8 @@ class Windows:
         if epoch < self.start:
             return Active("start", multi_scale=True)
         if epoch < self.mosaic_end:
-            return Active("mosaic", mosaic=True, standard=True, mixup=True, multi_scale=True)
-        return Active("standard", standard=True, multi_scale=True)
+            return Active("mosaic", mosaic=True, standard=True, mixup=True, copy_blend=True, multi_scale=True)
+        return Active("standard", standard=True, copy_blend=True, multi_scale=True)
 
 
 @dataclass(frozen=True, slots=True)

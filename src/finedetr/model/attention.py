@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-__all__ = ["DeformableAttention", "SelfAttention"]
+__all__ = ["DeformableAttention", "SelfAttention", "attend"]
 
 
 class SelfAttention(nn.Module):
@@ -52,18 +52,21 @@ class SelfAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (*self.qk(x + positions).chunk(2, dim=-1), self.v(x))
         )
-        if q.device.type == "cpu" and torch.is_grad_enabled():
-            # in bfloat16 the backward pass of this one operation is three times slower there
-            with torch.autocast("cpu", enabled=False):
-                seen = _attend(q.float(), k.float(), v.float(), blocked)
-        else:
-            seen = _attend(q, k, v, blocked)
+        seen = attend(q, k, v, blocked)
         out: Tensor = self.out(seen.transpose(1, 2).flatten(2).to(x.dtype))
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Tensor:
     """[B, heads, N, D/heads], with the first E tokens seeing what `blocked` leaves them."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # in bfloat16 the backward pass of this one operation is three times slower there
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), blocked)
+    return _attend(q, k, v, blocked)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
     if blocked is None:
         return F.scaled_dot_product_attention(q, k, v)
     extra = blocked.shape[0]

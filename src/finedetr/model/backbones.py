@@ -7,11 +7,12 @@ from finedetr.model.config import BackboneConfig
 from finedetr.model.hgnet import HGNETS, HGNet
 from finedetr.model.layers import Backbone
 from finedetr.model.resnet import RESNETS, ResNet
+from finedetr.model.vit import VITS, AdaptedViT
 
 __all__ = ["build_backbone"]
 
 
-def build_backbone(config: BackboneConfig) -> Backbone:
+def build_backbone(config: BackboneConfig) -> Backbone | AdaptedViT:
     """Pictures to feature maps; `channels` says how wide they are.
 
     Raises:
@@ -21,5 +22,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         return HGNet(config)
     if config.name in RESNETS:
         return ResNet(config)
-    names = (*HGNETS, *RESNETS)
+    if config.name in VITS:
+        return AdaptedViT(config)
+    names = (*HGNETS, *RESNETS, *VITS)
     raise ConfigError(f"no backbone is called {config.name!r}", hint=did_you_mean(config.name, names))

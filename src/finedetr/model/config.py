@@ -7,12 +7,15 @@ from typing import Literal
 
 from finedetr.errors import ConfigError
 
-__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "ModelConfig"]
+__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "Fusion", "ModelConfig"]
+
+Fusion = Literal["elan", "csp", "sum-elan4", "sum-elan5", "lite"]
+"""How two levels are joined: D-FINE's blocks, RT-DETR's, DEIMv2's two on sums, or without attention (`LiteEncoder`)."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """An HGNetv2 or ResNet-vd: its name in the table of `hgnet.py` or `resnet.py`, and what of it is used."""
+    """A backbone: its name in the table of `hgnet.py`, `resnet.py` or `vit.py`, and what of it is used."""
 
     name: str = "B0"
     affine: bool = True  # learnable affine blocks after each activation (HGNetv2)
@@ -23,7 +26,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The hybrid encoder of the RT-DETR family."""
+    """The hybrid encoder of the RT-DETR family, or the lite one of DEIMv2's smallest sizes."""
 
     width: int = 256  # h
     feedforward: int = 1024
@@ -31,12 +34,15 @@ class EncoderConfig:
     depth: float = 1.0
     layers: int = 1  # of the transformer on the coarsest level
     heads: int = 8
-    fusion: Literal["elan", "csp"] = "elan"  # D-FINE's blocks, or RT-DETR's
+    fusion: Fusion = "elan"
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder. The defaults are D-FINE's; RT-DETRv2 has plain boxes, projected attention, no gateway."""
+    """The decoder. The defaults are D-FINE's; RT-DETRv2 has plain boxes, projected attention, no gateway.
+
+    DEIMv2 has root-mean-square norms, gated feed-forward networks, and positions that are made once.
+    """
 
     width: int = 256  # d
     feedforward: int = 1024
@@ -53,6 +59,11 @@ class DecoderConfig:
     gateway: bool = True  # of what a query was and what it saw; otherwise a sum and a norm
     position_layers: int = 2  # of the network that makes a position of a box: 2 of twice the width, or 3
     position_limit: float | None = 10.0  # where positions are cut off
+    position_once: bool = False  # of the initial reference, for all layers; otherwise of each layer's reference
+    norm: Literal["layer", "rms"] = "layer"
+    gated: bool = False  # feed-forward networks as SwiGLU, whose inner width is half of `feedforward`
+    shared_boxes: bool = False  # one head of edges for all layers
+    select_raw: bool = False  # tokens are scored, and become queries, as they are, without a projection
     project_memory: bool = False  # a projection of the pyramid even where the widths are equal
     answering: int | None = None  # layers that run outside training; None: all
 
@@ -69,7 +80,8 @@ class ModelConfig:
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels of the input for each cell of each level."""
-        return tuple(4 * 2**stage for stage in self.backbone.stages)
+        strides = tuple(4 * 2**stage for stage in self.backbone.stages)
+        return (*strides, 2 * strides[-1]) if self.encoder.fusion == "lite" else strides
 
     @property
     def largest_stride(self) -> int:
@@ -77,10 +89,12 @@ class ModelConfig:
         return self.strides[-1]
 
     def __post_init__(self) -> None:
-        if len(self.decoder.points) != len(self.backbone.stages):
+        if self.encoder.fusion == "lite" and len(self.backbone.stages) != 1:
+            raise ConfigError(f"the lite encoder reads one stage of the backbone; got {self.backbone.stages}")
+        if len(self.decoder.points) != len(self.strides):
             raise ConfigError(
-                f"decoder.points names {len(self.decoder.points)} levels, the backbone returns "
-                f"{len(self.backbone.stages)}; give one number of points for each returned stage"
+                f"decoder.points names {len(self.decoder.points)} levels, the pyramid has {len(self.strides)}; "
+                "give one number of points for each level"
             )
         answering = self.decoder.answering
         if answering is not None and not 1 <= answering <= self.decoder.layers:

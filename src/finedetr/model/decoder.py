@@ -35,10 +35,10 @@ class Refinement:
 class Gateway(nn.Module):
     """Chooses, channel by channel, between what a query was and what it saw (D-FINE's target gating)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: nn.Module) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * width, 2 * width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
@@ -50,25 +50,27 @@ class Gateway(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6).
+    """Self-attention, deformable cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6; 1.7).
 
     What a query saw is joined with what it was by a gateway (D-FINE) or by a sum and a norm.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        width = config.width
+        width, inner = config.width, config.feedforward // 2 if config.gated else config.feedforward
         self.self_attention = SelfAttention(width, config.heads)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = _norm(config)
         self.cross_attention = DeformableAttention(width, config.heads, config.points, projected=config.projected)
-        self.gateway = Gateway(width) if config.gateway else None
-        self.norm2 = None if config.gateway else nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, config.feedforward)
-        self.linear2 = nn.Linear(config.feedforward, width)
-        self.norm3 = nn.LayerNorm(width)
-        self.act = ACTIVATIONS[config.activation]
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
+        self.gateway = Gateway(width, _norm(config)) if config.gateway else None
+        self.norm2 = None if config.gateway else _norm(config)
+        self.linear1 = nn.Linear(width, 2 * inner if config.gated else inner)
+        self.linear2 = nn.Linear(inner, width)
+        self.norm3 = _norm(config)
+        self.act, self.gated = ACTIVATIONS[config.activation], config.gated
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+            if config.gated:
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -86,9 +88,21 @@ class DecoderLayer(nn.Module):
         else:
             assert self.norm2 is not None
             x = self.norm2(x + seen)
-        x = x + self.linear2(self.act(self.linear1(x)))
+        x = x + self.linear2(self._inner(x))
         out: Tensor = self.norm3(x.clamp(-_HALF_MAX, _HALF_MAX))
         return out
+
+    def _inner(self, x: Tensor) -> Tensor:
+        x = self.linear1(x)
+        if not self.gated:
+            return self.act(x)
+        gate, value = x.chunk(2, dim=-1)
+        return self.act(gate) * value
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    """The norm of a decoder's layers."""
+    return nn.LayerNorm(config.width) if config.norm == "layer" else nn.RMSNorm(config.width, eps=1e-6)
 
 
 class Answers:
@@ -126,7 +140,7 @@ class Decoder(nn.Module, ABC):
         width, act = config.width, config.activation
         hidden = 2 * width if config.position_layers == 2 else width
         self.answering = config.answering or config.layers
-        self.position_limit = config.position_limit
+        self.position_limit, self.position_once = config.position_limit, config.position_once
         self.query_position_head = MLP(4, hidden, width, config.position_layers, act)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(config.layers))
@@ -156,13 +170,18 @@ class Decoder(nn.Module, ABC):
         """
         x, reference, answers = content, boxes, Answers()
         count = len(self.layers) if self.training else self.answering
+        positions = None
         for index, layer in enumerate(self.layers[:count]):
-            positions = self.query_position_head(reference.to(x.dtype))
-            if self.position_limit is not None:
-                positions = positions.clamp(-self.position_limit, self.position_limit)
+            if positions is None or not self.position_once:
+                positions = self._positions(reference.to(x.dtype))
             x = layer(x, positions, reference, memory, blocked)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
+
+    def _positions(self, boxes: Tensor) -> Tensor:
+        positions: Tensor = self.query_position_head(boxes)
+        limit = self.position_limit
+        return positions if limit is None else positions.clamp(-limit, limit)
 
     @abstractmethod
     def _answer(
@@ -179,7 +198,8 @@ class DistributionDecoder(Decoder):
         width, act = config.width, config.activation
         self.bin_table = BinTable(config.bins, config.up, config.scale)
         self.initial_box_head = MLP(width, width, 4, 3, act)
-        self.edge_heads = nn.ModuleList(MLP(width, width, 4 * config.bins, 3, act) for _ in range(config.layers))
+        heads = 1 if config.shared_boxes else config.layers
+        self.edge_heads = nn.ModuleList(MLP(width, width, 4 * config.bins, 3, act) for _ in range(heads))
         self.quality_heads = nn.ModuleList(LocationQuality(act) for _ in range(config.layers))
         self.initial_box_head.zero_last()
         for head in self.edge_heads:
@@ -195,7 +215,8 @@ class DistributionDecoder(Decoder):
             if all_stages:
                 answers.add("initial", self.score_heads[0](x), initial)
         assert answers.anchors is not None
-        moved = self.edge_heads[index](x if answers.content is None else x + answers.content.detach()).float()
+        head = self.edge_heads[index % len(self.edge_heads)]
+        moved = head(x if answers.content is None else x + answers.content.detach()).float()
         moved = moved.unflatten(-1, (4, -1))
         corners = moved if answers.moved is None else moved + answers.moved
         probabilities = corners.softmax(dim=-1)

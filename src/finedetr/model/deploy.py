@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finedetr.model.decoder import DistributionDecoder
 from finedetr.model.detector import Detector
-from finedetr.model.encoders import RepConv
+from finedetr.model.encoders import Halve, RepConv
 from finedetr.model.layers import ConvNorm, FrozenBatchNorm2d
 
 __all__ = ["deployed"]
@@ -31,6 +31,7 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
     kept: set[nn.Module] = set()
     if not everything:
         kept = {*model.backbone.modules(), *model.encoder.input_proj, *model.decoder_input_proj}
+        kept |= {module.project for module in model.encoder.modules() if isinstance(module, Halve)}
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ConvNorm) and module not in kept:

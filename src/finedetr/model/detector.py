@@ -10,7 +10,7 @@ from finedetr.errors import DataError
 from finedetr.model.backbones import build_backbone
 from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
-from finedetr.model.encoders import HybridEncoder
+from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
 from finedetr.model.queries import QuerySelection
 from finedetr.records import Edges, Output, Prediction, QueryGroup
@@ -29,19 +29,19 @@ class Detector(nn.Module):
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
         self.config, self.classes = config, classes
-        width = config.decoder.width
+        decoder, width = config.decoder, config.decoder.width
         self.backbone = build_backbone(config.backbone)
-        self.encoder = HybridEncoder(config.encoder, self.backbone.channels)
+        self.encoder = build_encoder(config.encoder, self.backbone.channels)
         self.decoder_input_proj = nn.ModuleList(
             ConvNorm(config.encoder.width, width)
-            if config.encoder.width != width or config.decoder.project_memory
+            if config.encoder.width != width or decoder.project_memory
             else nn.Identity()
-            for _ in self.backbone.channels
+            for _ in config.strides
         )
-        self.selection = QuerySelection(width, classes, config.decoder.queries, config.decoder.activation)
+        self.selection = QuerySelection(width, classes, decoder.queries, decoder.activation, raw=decoder.select_raw)
         # row C stands for padding slots and stays zero
         self.label_embedding = nn.Embedding(classes + 1, width, padding_idx=classes)
-        self.decoder = build_decoder(config.decoder, classes)
+        self.decoder = build_decoder(decoder, classes)
         for module in (*self.encoder.input_proj, *self.decoder_input_proj):
             if isinstance(module, ConvNorm):
                 nn.init.xavier_uniform_(module.conv.weight)

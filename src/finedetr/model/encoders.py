@@ -1,4 +1,4 @@
-"""The hybrid encoder of the RT-DETR family (spec 1.3): attention on the coarsest level, then top-down and bottom-up."""
+"""Backbone maps to a pyramid: the hybrid encoder of the RT-DETR family, and DEIMv2's lite one (spec 1.3, 1.7)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finedetr.model.attention import SelfAttention
 from finedetr.model.config import EncoderConfig
 from finedetr.model.layers import ConvNorm
 
-__all__ = ["HybridEncoder", "RepConv", "sine_positions"]
+__all__ = ["Halve", "HybridEncoder", "LiteEncoder", "RepConv", "build_encoder", "sine_positions"]
 
 
 def sine_positions(height: int, width: int, channels: int, temperature: float = 10000.0) -> Float[Tensor, "T D"]:
@@ -59,14 +59,45 @@ class CSPLayer(nn.Module):
         return out if self.conv3 is None else self.conv3(out)
 
 
-class RepNCSPELAN4(nn.Module):
-    """D-FINE's fusion block: two halves, two CSP branches one after the other, everything joined."""
+class JointCSPLayer(nn.Module):
+    """A `CSPLayer` without expansion whose two entrances are one convolution (DEIMv2)."""
 
-    def __init__(self, inputs: int, width: int, branch: int, blocks: int) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
         super().__init__()
+        self.conv1 = ConvNorm(inputs, 2 * outputs, act="silu")
+        self.bottlenecks = nn.Sequential(*(RepConv(outputs) for _ in range(blocks)))
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
+        """One feature map to the next."""
+        plain, branch = self.conv1(x).chunk(2, dim=1)
+        out: Tensor = plain + self.bottlenecks(branch)
+        return out
+
+
+class RepNCSPELAN(nn.Module):
+    """D-FINE's fusion block: two halves, two CSP branches one after the other, everything joined.
+
+    Args:
+        inputs: Channels in.
+        width: Channels out.
+        branch: Channels of a branch.
+        blocks: `RepConv` blocks of a branch.
+        joint: Branches are `JointCSPLayer`s.
+        tail: A 3x3 convolution ends each branch (RepNCSPELAN4), or none does (RepNCSPELAN5).
+    """
+
+    def __init__(
+        self, inputs: int, width: int, branch: int, blocks: int, *, joint: bool = False, tail: bool = True
+    ) -> None:
+        super().__init__()
+        csp = JointCSPLayer if joint else CSPLayer
+
+        def path(inputs: int) -> nn.Sequential:
+            ends = [ConvNorm(branch, branch, 3, act="silu")] if tail else []
+            return nn.Sequential(csp(inputs, branch, blocks), *ends)
+
         self.cv1 = ConvNorm(inputs, 2 * width, act="silu")
-        self.cv2 = nn.Sequential(CSPLayer(width, branch, blocks), ConvNorm(branch, branch, 3, act="silu"))
-        self.cv3 = nn.Sequential(CSPLayer(branch, branch, blocks), ConvNorm(branch, branch, 3, act="silu"))
+        self.cv2, self.cv3 = path(width), path(branch)
         self.cv4 = ConvNorm(2 * width + 2 * branch, width, act="silu")
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
@@ -109,13 +140,19 @@ class EncoderLayer(nn.Module):
         return out
 
 
-def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN4:
+def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN:
     """What joins two levels."""
     width, blocks = config.width, round(3 * config.depth)
-    if config.fusion == "csp":
-        return CSPLayer(2 * width, width, blocks, config.expansion)
-    # banker's rounding of an integral value: as published
-    return RepNCSPELAN4(2 * width, width, round(config.expansion * width // 2), blocks)
+    branch = round(config.expansion * width // 2)  # banker's rounding of an integral value: as published
+    match config.fusion:
+        case "csp":
+            return CSPLayer(2 * width, width, blocks, config.expansion)
+        case "elan":
+            return RepNCSPELAN(2 * width, width, branch, blocks)
+        case "sum-elan4" | "lite":
+            return RepNCSPELAN(width, width, branch, blocks, joint=True)
+        case "sum-elan5":
+            return RepNCSPELAN(width, width, branch, blocks, joint=True, tail=False)
 
 
 class HybridEncoder(nn.Module):
@@ -129,7 +166,10 @@ class HybridEncoder(nn.Module):
         width = config.width
         levels = len(channels)
         self.width = width
-        self.input_proj = nn.ModuleList(ConvNorm(c, width) for c in channels)
+        self.sums = config.fusion.startswith("sum-")
+        self.input_proj = nn.ModuleList(
+            nn.Identity() if self.sums and inputs == width else ConvNorm(inputs, width) for inputs in channels
+        )
         self.layers = nn.ModuleList(EncoderLayer(width, config.heads, config.feedforward) for _ in range(config.layers))
         act = "silu" if config.fusion == "csp" else None
         steps = range(levels - 1)
@@ -150,12 +190,15 @@ class HybridEncoder(nn.Module):
             current = self.lateral_convs[index](current)
             entries.append(current)
             up = F.interpolate(current, scale_factor=2.0, mode="nearest")
-            current = self.fpn_blocks[index](torch.cat((up, low), dim=1))
+            current = self.fpn_blocks[index](self._join(up, low))
         outputs = [current]
         for index, entry in enumerate(reversed(entries)):  # bottom-up
             down = self.downsample_convs[index](outputs[-1])
-            outputs.append(self.pan_blocks[index](torch.cat((down, entry), dim=1)))
+            outputs.append(self.pan_blocks[index](self._join(down, entry)))
         return tuple(outputs)
+
+    def _join(self, moved: Tensor, here: Tensor) -> Tensor:
+        return moved + here if self.sums else torch.cat((moved, here), dim=1)
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -174,3 +217,41 @@ class HybridEncoder(nn.Module):
             if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
                 self._positions[key] = table
         return table
+
+
+class Halve(nn.Module):
+    """Halves a map by averages of 3x3 pixels, the border counted as zeros."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.project = ConvNorm(channels, channels, act="silu")
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H2 W2"]:
+        """One feature map to the next."""
+        out: Tensor = self.project(F.avg_pool2d(x, 3, 2, 1))
+        return out
+
+
+class LiteEncoder(nn.Module):
+    """DEIMv2's encoder for its smallest sizes: one map in, two out, and no attention but a global mean."""
+
+    def __init__(self, config: EncoderConfig, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        width = config.width
+        self.input_proj = nn.ModuleList([ConvNorm(channels[0], width)])
+        self.down1, self.down2 = Halve(width), Halve(width)
+        self.mix = ConvNorm(width, width, act="silu")
+        self.fpn_block, self.pan_block = _fusion(config), _fusion(config)
+
+    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """A map of the size of the input, and one of half of it."""
+        fine = self.input_proj[0](maps[0])
+        coarse = self.down1(fine)
+        coarse = self.mix(coarse + coarse.mean(dim=(2, 3), keepdim=True))
+        fine = self.fpn_block(fine + F.interpolate(coarse, scale_factor=2.0, mode="nearest"))
+        return fine, self.pan_block(coarse + self.down2(fine))
+
+
+def build_encoder(config: EncoderConfig, channels: tuple[int, ...]) -> HybridEncoder | LiteEncoder:
+    """The encoder that a configuration names, for backbone maps of so many channels."""
+    return LiteEncoder(config, channels) if config.fusion == "lite" else HybridEncoder(config, channels)

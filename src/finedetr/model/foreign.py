@@ -6,13 +6,14 @@ For every tensor that a model of ours has, its name over there is looked up, so 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from finedetr.model.foreign_names import look_up, official_names, transformers_n
 from finedetr.model.zoo import ZOO
 
 __all__ = ["COCO_IDS", "COCO_NAMES", "Foreign", "is_foreign", "read_foreign"]
+
+WEIGHTS = "model.safetensors"
+_SCORES = ("decoder.enc_score_head.weight", "model.enc_score_head.weight")  # official, transformers
 
 COCO_NAMES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -53,12 +57,15 @@ class Foreign:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path looks like an official checkpoint or a folder of transformers."""
-    return path.suffix in {".pth", ".pt"} or _transformers_folder(path) is not None
+    """Whether a path looks like an official checkpoint, or a folder as it lies on the Hub."""
+    return path.suffix in {".pth", ".pt"} or _hub_folder(path) is not None or _is_official(path)
 
 
 def read_foreign(path: Path) -> Foreign:
-    """Reads an official `.pth` (D-FINE, DEIM, RT-DETRv2) or a folder of transformers (d_fine, rt_detr, rt_detr_v2).
+    """Reads an official checkpoint, or a folder of transformers (d_fine, rt_detr, rt_detr_v2).
+
+    Official ones are `.pth` files of D-FINE, DEIM, DEIMv2 and RT-DETR(v2), and `.safetensors` files with their names,
+    alone or in a folder beside the `config.json` with which DEIMv2 lies on the Hub.
 
     Nothing of a file is executed. Which model it is follows from the shapes of its tensors; D-FINE and its DEIM twin
     have the same, so the word "deim" in the file's name decides between them.
@@ -67,24 +74,19 @@ def read_foreign(path: Path) -> Foreign:
         ModelError: Unreadable, or no model of the table fits, or tensors are left over: they are named, and so is the
             closest model.
     """
-    folder = _transformers_folder(path)
-    if folder is not None:
-        given, settings = _read_transformers(folder)
-        names_of: Callable[..., tuple[str, ...]] = transformers_names
+    folder = _hub_folder(path)
+    settings = _settings(folder) if folder is not None else {}
+    names_of: Callable[[str, ModelConfig], tuple[str, ...]]
+    if folder is not None and "model_type" in settings:
+        given, names_of = _read_transformers(folder, settings), transformers_names
     else:
-        given, settings = _read_official(path), {}
-        names_of = official_names
+        given, names_of = _read_official(path if folder is None else folder / WEIGHTS), official_names
     config, state, used = _fit(given, names_of, path)
     if isinstance(settings.get("num_queries"), int):
         config = replace(config, decoder=replace(config.decoder, queries=settings["num_queries"]))
     names, ids = _classes(len(state["selection.score_head.bias"]), settings)
-    ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask")
-    aliases = ("decoder.decoder.up", "decoder.decoder.reg_scale")
-    unused = [
-        key
-        for key in given
-        if key not in used and not key.endswith(ignored) and key not in aliases and not _tied(key, given)
-    ]
+    ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
+    unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
     if unused:
         raise ModelError(
             f"{path} looks like {config.name}, but holds {len(unused)} tensors more: {', '.join(unused[:5])}",
@@ -93,19 +95,39 @@ def read_foreign(path: Path) -> Foreign:
     return Foreign(config, names, ids, state)
 
 
-def _transformers_folder(path: Path) -> Path | None:
-    folder = path if path.is_dir() else path.parent if path.name == "model.safetensors" else None
-    if folder is None or not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+def _hub_folder(path: Path) -> Path | None:
+    """The folder of somebody else's model.safetensors and config.json."""
+    folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
+    if folder is None or not (folder / WEIGHTS).is_file() or not _settings(folder):
         return None
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            ours = "finedetr" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        ours = False  # reading it will say what is wrong
+    return None if ours else folder
+
+
+def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return folder if isinstance(settings, dict) and "model_type" in settings else None
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
-def _read_transformers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _is_official(path: Path) -> bool:
+    """Whether a .safetensors file has no card of ours but names of the official code."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return any(key.startswith("decoder.decoder.") for key in list(file.keys()))
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     kind = settings["model_type"]
     if kind not in {"d_fine", "rt_detr", "rt_detr_v2"}:
         raise ModelError(
@@ -113,16 +135,22 @@ def _read_transformers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             code="unknown_model",
             hint="d_fine, rt_detr and rt_detr_v2 are.",
         )
+    return _read_tensors(folder / WEIGHTS)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / "model.safetensors"), settings
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / 'model.safetensors'} is unreadable: {error}", code="schema") from error
+        raise ModelError(f"{path} is unreadable: {error}", code="schema") from error
 
 
 def _read_official(path: Path) -> dict[str, Tensor]:
     """The moving average where there is one, otherwise the model (spec 2.1)."""
     if not path.is_file():
         raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a weight file.")
+    if path.suffix == ".safetensors":
+        return _read_tensors(path)
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle machine raises, and that is anything
@@ -152,20 +180,26 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
 
 
 def _fit(
-    given: Mapping[str, Tensor], names_of: Callable[..., tuple[str, ...]], path: Path
+    given: Mapping[str, Tensor], names_of: Callable[[str, ModelConfig], tuple[str, ...]], path: Path
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
     """The model of the table whose every tensor is in the file with its shape."""
     wants_deim = "deim" in str(path).lower()
-    rows = sorted(_rows(), key=lambda row: row.name.startswith("deim-") != wants_deim)
+    shape = _shape(given)
+    rows = sorted(
+        _rows(),
+        key=lambda row: (
+            (row.decoder.width, row.decoder.layers) != shape,  # building one takes a while: likely ones first
+            row.name.startswith("deim-") != wants_deim,
+        ),
+    )
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
     for config in rows:
         with torch.device("meta"):
             own = Detector(config, count).state_dict()
-        plain, resnet = config.decoder.boxes == "plain", config.backbone.name.startswith("R")
         state, used, faults = {}, set(), []
         for key, tensor in own.items():
-            found = [look_up(given, name) for name in names_of(key, plain=plain, resnet=resnet)]
+            found = [look_up(given, name) for name in names_of(key, config)]
             if any(part is None for part in found):
                 if not key.endswith("num_batches_tracked"):
                     faults.append(f"missing {key}")
@@ -200,12 +234,21 @@ def _rows() -> Iterator[ModelConfig]:
             yield replace(config, decoder=replace(config.decoder, layers=config.decoder.answering, answering=None))
 
 
+def _shape(given: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Width and layers of the decoder in a file."""
+    layers = {match[1] for key in given if (match := re.match(r"(?:model|decoder)\.decoder\.layers\.(\d+)\.", key))}
+    scores = [given[name] for name in _SCORES if name in given]
+    return (scores[0].shape[-1] if scores else 0), len(layers)
+
+
 def _count_classes(given: Mapping[str, Tensor]) -> int:
-    for name in ("decoder.enc_score_head.bias", "model.enc_score_head.bias"):
-        if name in given:
-            return len(given[name])
-    return len(COCO_NAMES)
+    scores = [given[name] for name in _SCORES if name in given]
+    return len(scores[0]) if scores else len(COCO_NAMES)
 
 
 def _tied(key: str, given: Mapping[str, Tensor]) -> bool:
-    return key.startswith(("class_embed.", "bbox_embed.")) and f"model.decoder.{key}" in given
+    """Whether a tensor is a second name of another one: the same numbers, so that nothing is lost."""
+    name = re.sub(r"^((class|bbox)_embed\.)", r"model.decoder.\1", key)
+    name = re.sub(r"^decoder\.decoder\.(up|reg_scale)$", r"decoder.\1", name)
+    name = re.sub(r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0.", name)
+    return name != key and name in given and torch.equal(given[name], given[key])

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from finedetr.model.config import ModelConfig
+from finedetr.model.resnet import RESNETS
+from finedetr.model.vit import VITS
+
 __all__ = ["look_up", "official_names", "transformers_names"]
 
 Rules = tuple[tuple[str, str], ...]
@@ -73,7 +77,8 @@ _TO_TRANSFORMERS: Rules = (
     (r"\.self_attention\.out\.", ".self_attn.o_proj."),
     (r"\.self_attention\.", ".self_attn."),
 )
-_OLD_SPELLINGS: Rules = (  # what save_pretrained writes; and RT-DETR's first version
+_OLD_SPELLINGS: Rules = (  # what save_pretrained writes; RT-DETR's first version; one of two names of one parameter
+    (r"^decoder\.(up|reg_scale)$", r"decoder.decoder.\1"),
     (r"^encoder\.input_proj\.(\d+)\.conv\.", r"encoder.input_proj.\1.0."),
     (r"^encoder\.input_proj\.(\d+)\.norm\.", r"encoder.input_proj.\1.1."),
     (r"model\.encoder\.aifi\.", "model.encoder.encoder."),
@@ -97,6 +102,33 @@ _HGNET_TO_OFFICIAL: Rules = (
     (r"^(backbone\..*)\.affine\.", r"\1.lab."),
     (r"\.squeeze\.", ".aggregation.0."),
     (r"\.expand\.", ".aggregation.1."),
+)
+_VIT_TO_OFFICIAL: Rules = (
+    (r"^backbone\.joins\.(\d)\.conv\.", r"backbone.convs.\1."),
+    (r"^backbone\.joins\.(\d)\.norm\.", r"backbone.norms.\1."),
+    (r"^backbone\.detail\.stem\.conv\.", "backbone.sta.stem.0."),
+    (r"^backbone\.detail\.stem\.norm\.", "backbone.sta.stem.1."),
+    (r"^backbone\.detail\.convs\.0\.conv\.", "backbone.sta.conv2.0."),
+    (r"^backbone\.detail\.convs\.0\.norm\.", "backbone.sta.conv2.1."),
+    (r"^backbone\.detail\.convs\.1\.conv\.", "backbone.sta.conv3.1."),  # behind an activation
+    (r"^backbone\.detail\.convs\.1\.norm\.", "backbone.sta.conv3.2."),
+    (r"^backbone\.detail\.convs\.2\.conv\.", "backbone.sta.conv4.1."),
+    (r"^backbone\.detail\.convs\.2\.norm\.", "backbone.sta.conv4.2."),
+    (r"^backbone\.vit\.class_token$", "backbone.vit.cls_token"),
+    (r"^backbone\.vit\.patches\.", "backbone.vit.patch_embed.proj."),
+    (r"^backbone\.vit\.positions\.", "backbone.vit.rope_embed."),
+    (r"^backbone\.vit\.blocks\.(\d+)\.(qkv|proj)\.", r"backbone.vit.blocks.\1.attn.\2."),
+    (r"^backbone\.vit\.blocks\.(\d+)\.linear([12])\.", r"backbone.vit.blocks.\1.mlp.fc\2."),
+    (r"^backbone\.vit\.blocks\.(\d+)\.scale([12])$", r"backbone.vit.blocks.\1.ls\2.gamma"),
+)
+_GATED_VIT_TO_OFFICIAL: Rules = ((r"^(backbone\.vit\..*)\.mlp\.fc2\.", r"\1.mlp.w3."),)
+_DEIMV2_TO_OFFICIAL: Rules = (
+    (r"^decoder\.layers\.(\d+)\.(gateway\.norm|norm\d)\.weight$", r"decoder.layers.\1.\2.scale"),
+    (r"^decoder\.layers\.(\d+)\.linear1\.", r"decoder.layers.\1.swish_ffn.w12."),
+    (r"^decoder\.layers\.(\d+)\.linear2\.", r"decoder.layers.\1.swish_ffn.w3."),
+    (r"^encoder\.down([12])\.project\.conv\.", r"encoder.down_sample\1.1."),
+    (r"^encoder\.down([12])\.project\.norm\.", r"encoder.down_sample\1.2."),
+    (r"^encoder\.mix\.", "encoder.bi_fusion.cv."),
 )
 _TO_OFFICIAL: Rules = (
     (r"^decoder\.(layers)\.", r"decoder.decoder.\1."),
@@ -127,22 +159,39 @@ def _rename(key: str, rules: Rules) -> str:
     return key
 
 
-def transformers_names(key: str, *, plain: bool, resnet: bool) -> tuple[str, ...]:
+def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
-    rules = _RESNET_TO_TRANSFORMERS if resnet else ()
-    rules += _RTDETR_TO_TRANSFORMERS if plain else ()
+    rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
+    rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
     name = _rename(key, rules + _TO_TRANSFORMERS)
     if ".self_attn.qk." in name:
         return tuple(name.replace(".self_attn.qk.", f".self_attn.{part}_proj.") for part in ("q", "k"))
     return (name.replace(".self_attn.v.", ".self_attn.v_proj."),)
 
 
-def official_names(key: str, *, plain: bool, resnet: bool) -> tuple[str, ...]:
-    """Where the official files keep a tensor of ours; queries, keys and values are one there: name, part."""
-    del plain
-    name = _rename(key, (_RESNET_TO_OFFICIAL if resnet else _HGNET_TO_OFFICIAL) + _TO_OFFICIAL)
+def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:
+    """Where the official files keep a tensor of ours.
+
+    Queries, keys and values of the decoder are one there (`name@part`); the two halves of a gated layer of DINOv3 two.
+    """
+    name = _rename(key, _backbone_rules(config.backbone.name))
+    if config.decoder.gated:
+        name = _rename(name, _DEIMV2_TO_OFFICIAL)
+    name = _rename(name, _TO_OFFICIAL)
+    if ".mlp.fc1." in name and VITS[config.backbone.name].gated:
+        return tuple(name.replace(".fc1.", f".{half}.") for half in ("w1", "w2"))
     joint = re.sub(r"\.self_attn\.(qk|v)\.(weight|bias)$", r".self_attn.in_proj_\2", name)
     return (f"{joint}@{'qk' if '.self_attn.qk.' in name else 'v'}",) if joint != name else (name,)
+
+
+def _backbone_rules(name: str) -> Rules:
+    if name in RESNETS:
+        return _RESNET_TO_OFFICIAL
+    if name not in VITS:
+        return _HGNET_TO_OFFICIAL
+    vit = VITS[name]
+    inside = "backbone.dinov3." if vit.dinov3 else "backbone.dinov3._model."
+    return _VIT_TO_OFFICIAL + (_GATED_VIT_TO_OFFICIAL if vit.gated else ()) + ((r"^backbone\.vit\.", inside),)
 
 
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:

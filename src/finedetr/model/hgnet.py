@@ -43,12 +43,14 @@ class HGNetTable:
         return tuple(row.outputs for row in self.stages)
 
 
-def _table(stem: tuple[int, int], layers: int, rows: tuple[tuple[int, int, int, int], ...]) -> HGNetTable:
+def _table(
+    stem: tuple[int, int], layers: int, rows: tuple[tuple[int, int, int, int], ...], kernel: int = 5
+) -> HGNetTable:
     """Rows of (in, mid, out, blocks); what is the same in all published sizes is filled in here."""
     return HGNetTable(
         stem,
         tuple(
-            StageRow(*row, downsample=index > 0, light=index > 1, kernel=5 if index > 1 else 3, layers=layers)
+            StageRow(*row, downsample=index > 0, light=index > 1, kernel=kernel if index > 1 else 3, layers=layers)
             for index, row in enumerate(rows)
         ),
     )
@@ -62,6 +64,10 @@ HGNETS: dict[str, HGNetTable] = {
     "B4": _table((32, 48), 6, ((48, 48, 128, 1), (128, 96, 512, 1), (512, 192, 1024, 3), (1024, 384, 2048, 1))),
     "B5": _table((32, 64), 6, ((64, 64, 128, 1), (128, 128, 512, 2), (512, 256, 1024, 5), (1024, 512, 2048, 2))),
     "B6": _table((48, 96), 6, ((96, 96, 192, 2), (192, 192, 512, 3), (512, 384, 1024, 6), (1024, 768, 2048, 3))),
+    # DEIMv2's smallest end at stride 16
+    "Atto": _table((16, 16), 3, ((16, 16, 64, 1), (64, 32, 256, 1), (256, 64, 256, 1)), kernel=3),
+    "Femto": _table((16, 16), 3, ((16, 16, 64, 1), (64, 32, 256, 1), (256, 64, 512, 1))),
+    "Pico": _table((16, 16), 3, ((16, 16, 64, 1), (64, 32, 256, 1), (256, 64, 512, 2))),
 }
 
 

@@ -45,14 +45,15 @@ def anchor_table(
 class QuerySelection(nn.Module):
     """The tokens with the best class score become queries; their boxes start at the cell's anchor."""
 
-    def __init__(self, width: int, classes: int, queries: int, act: str) -> None:
+    def __init__(self, width: int, classes: int, queries: int, act: str, *, raw: bool = False) -> None:
         super().__init__()
         self.queries = queries
-        self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Identity() if raw else nn.Linear(width, width)
+        self.norm = nn.Identity() if raw else nn.LayerNorm(width)
         self.score_head = nn.Linear(width, classes)
         self.box_head = MLP(width, width, 4, 3, act)
-        nn.init.xavier_uniform_(self.proj.weight)
+        if isinstance(self.proj, nn.Linear):
+            nn.init.xavier_uniform_(self.proj.weight)
         nn.init.constant_(self.score_head.bias, focal_bias())
         self.box_head.zero_last()
         self._tables: dict[tuple[tuple[tuple[int, int], ...], torch.device], tuple[Tensor, Tensor]] = {}

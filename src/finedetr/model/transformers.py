@@ -21,13 +21,11 @@ from finedetr.model.resnet import RESNETS
 __all__ = ["to_transformers", "transformers_config", "write_transformers"]
 
 
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict under the names of DFineForObjectDetection or RTDetrV2ForObjectDetection (as in memory)."""
     theirs: dict[str, Tensor] = {}
-    plain = any(key.startswith("decoder.box_heads.") for key in state)
-    resnet = any(key.startswith("backbone.stem.0.") for key in state)
     for key, tensor in state.items():
-        names = transformers_names(key, plain=plain, resnet=resnet)
+        names = transformers_names(key, config)
         for name, part in zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True):
             theirs[name] = part
             if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
@@ -142,7 +140,7 @@ def write_transformers(
     settings = transformers_config(detector.config, names)
     layers = settings["decoder_layers"]
     state = {}
-    for key, tensor in to_transformers(detector.state_dict()).items():
+    for key, tensor in to_transformers(detector.state_dict(), detector.config).items():
         beyond = re.match(r"model\.decoder\.(layers|class_embed|bbox_embed|lqe_layers)\.(\d+)\.", key)
         if key.startswith("model.") and not (beyond and int(beyond[2]) >= layers):
             state[key] = tensor.detach().to("cpu").contiguous().clone()

@@ -25,6 +25,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import is_foreign, read_foreign
 from finedetr.model.layers import focal_bias
+from finedetr.model.zoo import published_input
 
 __all__ = ["Card", "Transfer", "load_weights", "read_card", "save_weights", "transfer_weights"]
 
@@ -158,7 +159,8 @@ def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
     """Card and tensors of a file of ours or of somebody else's."""
     if is_foreign(path):
         other = read_foreign(path)
-        return Card(other.config, other.names, other.category_ids), other.state
+        given = published_input(other.config)
+        return Card(other.config, other.names, other.category_ids, given.size, given.mean, given.std), other.state
     metadata, state = _open(path)
     return _card(metadata, path), state
 

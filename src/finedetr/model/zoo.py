@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
+from finedetr.model.vit import VITS
 
-__all__ = ["ZOO", "variant"]
+__all__ = ["ZOO", "Input", "published_input", "variant"]
 
 # D-FINE, spec 1.4 (Peterande/D-FINE, configs/dfine); queries 300 and bins 33 everywhere.
 _DFINE = (
@@ -68,6 +69,59 @@ def _rtdetrv2(
     )
 
 
+# DEIMv2, spec 1.7 (Intellindust-AI-Lab/DEIMv2): everything SiLU, no projection before the selection of queries
+_V2 = DecoderConfig(
+    norm="rms", gated=True, select_raw=True, position_once=True, position_layers=3, activation="silu", layers=4
+)
+
+
+def _deimv2_tiny(size: str, width: int, feedforward: int, queries: int) -> ModelConfig:
+    """The three smallest: one map of the backbone, no attention in the encoder, one head of edges, no gateway."""
+    return ModelConfig(
+        f"deimv2-{size}",
+        BackboneConfig(size.capitalize(), stages=(2,)),
+        EncoderConfig(width=width, expansion=0.34, depth=0.5, fusion="lite"),
+        replace(
+            _V2,
+            width=width,
+            feedforward=feedforward,
+            layers=3,
+            points=(4, 2),
+            queries=queries,
+            gateway=False,
+            shared_boxes=True,
+        ),
+    )
+
+
+def _deimv2(
+    size: str, backbone: str, width: int, feedforward: tuple[int, int], expansion: float, depth: float, layers: int = 4
+) -> ModelConfig:
+    """On vision transformers. `feedforward`: the encoder's and the decoder's."""
+    return ModelConfig(
+        f"deimv2-{size}",
+        BackboneConfig(backbone),
+        EncoderConfig(width, feedforward[0], expansion, depth, fusion="sum-elan5"),
+        replace(_V2, width=width, feedforward=feedforward[1], layers=layers),
+    )
+
+
+_DEIMV2 = (
+    _deimv2_tiny("atto", 64, 160, 100),
+    _deimv2_tiny("femto", 96, 256, 150),
+    _deimv2_tiny("pico", 112, 320, 200),
+    ModelConfig(
+        "deimv2-n",
+        BackboneConfig("B0", stages=(2, 3)),
+        EncoderConfig(128, 512, expansion=0.34, depth=0.5, fusion="sum-elan4"),
+        replace(_V2, width=128, feedforward=512, layers=3, points=(6, 6)),
+    ),
+    _deimv2("s", "vit-tiny", 192, (512, 512), 0.34, 0.67),
+    _deimv2("m", "vit-tiny-plus", 256, (512, 512), 0.67, 1.0),
+    _deimv2("l", "dinov3-s", 224, (896, 1792), 1.0, 1.0),
+    _deimv2("x", "dinov3-s-plus", 256, (1024, 2048), 1.25, 1.37, layers=6),
+)
+
 _RTDETRV2 = (
     _rtdetrv2("r18", "R18", expansion=0.5, layers=3, frozen=False),
     _rtdetrv2("r34", "R34", expansion=0.5, layers=4, frozen=False),
@@ -100,7 +154,7 @@ _DEIM = tuple(
     _deim(config) for config in (*_DFINE, *(c for c in _RTDETRV2 if c.backbone.name.startswith("R")), _DEIM_R50M)
 )
 
-ZOO: dict[str, ModelConfig] = {config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DEIM)}
+ZOO: dict[str, ModelConfig] = {config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DEIM, *_DEIMV2)}
 
 
 def variant(name: str) -> ModelConfig:
@@ -112,3 +166,23 @@ def variant(name: str) -> ModelConfig:
     if name not in ZOO:
         raise UsageError(f"no model is called {name!r}", code="unknown_model", hint=did_you_mean(name, ZOO))
     return ZOO[name]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a published detector was trained on: (height, width), and mean and std of each channel on the 0..1 scale."""
+
+    size: tuple[int, int] = (640, 640)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+_SIDES = {"deimv2-atto": 320, "deimv2-femto": 416}
+
+
+def published_input(config: ModelConfig) -> Input:
+    """Sizes and normalization of the published training (spec 1.0): ImageNet's where the backbone is a ViT."""
+    side = _SIDES.get(config.name, 640)
+    if config.backbone.name in VITS:
+        return Input((side, side), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Input((side, side))

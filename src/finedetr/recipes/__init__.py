@@ -7,16 +7,23 @@ from dataclasses import replace
 
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.config import ModelConfig
+from finedetr.model.zoo import published_input
 from finedetr.recipes.deim import deim
+from finedetr.recipes.deimv2 import deimv2
 from finedetr.recipes.dfine import dfine
 from finedetr.recipes.extras import constant_rate, late_matching, official_groups
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.train.recipe import Recipe
 
-__all__ = ["PAPERS", "RECIPES", "build", "deim", "dfine", "rtdetrv2", "scratch"]
+__all__ = ["PAPERS", "RECIPES", "build", "deim", "deimv2", "dfine", "rtdetrv2", "scratch"]
 
-RECIPES: dict[str, Callable[[Recipe], Recipe]] = {"deim": deim, "dfine": dfine, "rtdetrv2": rtdetrv2}
+RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
+    "deim": deim,
+    "deimv2": deimv2,
+    "dfine": dfine,
+    "rtdetrv2": rtdetrv2,
+}
 """Bases, by the name that `--recipe` takes."""
 
 PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
@@ -40,7 +47,9 @@ def build(model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = ()
     Raises:
         UsageError: A name is unknown; the message suggests the closest ones.
     """
-    base = _find(RECIPES, recipe, "recipe")(Recipe(model=model))
+    given = published_input(model)
+    base = Recipe(model=model, size=given.size, mean=given.mean, std=given.std)
+    base = _find(RECIPES, recipe, "recipe")(base)
     if random_start:
         base = scratch(base)
     for name in extras:

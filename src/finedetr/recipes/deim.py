@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finedetr.model.zoo import ZOO
+from finedetr.recipes.deimv2 import deimv2
 from finedetr.recipes.dfine import dfine, with_numbers
 from finedetr.recipes.published import HOSTS, row
 from finedetr.recipes.rtdetrv2 import rtdetrv2
@@ -24,8 +25,10 @@ def deim(base: Recipe) -> Recipe:
     Time: 132 epochs of COCO for S, 58 for L; the authors used 4 GPUs with batch 32.
     Expect (published, COCO val2017 AP, ImageNet backbone): N 43.0, S 49.0, M 52.7, L 54.7, X 56.5;
     on RT-DETRv2 R18 49.0, R34 50.9, R50-m 53.2, R50 54.3, R101 55.5.
-    Not checked by us on COCO.
+    Not checked by us on COCO. DEIMv2's detectors are trained by their own recipe, `deimv2`.
     """
+    if base.model.name.startswith("deimv2-"):
+        return deimv2(base)
     name, twin = base.model.name, f"deim-{base.model.name}"
     if base.model == ZOO.get(name) and twin in ZOO:
         base = replace(base, model=ZOO[twin])

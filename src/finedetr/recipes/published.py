@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.train.optimizer import Grouping
 
-__all__ = ["DEIM", "DEIM_RTDETRV2", "DFINE", "HOSTS", "RTDETRV2", "Published", "row"]
+__all__ = ["DEIM", "DEIMV2", "DEIM_RTDETRV2", "DFINE", "HOSTS", "RTDETRV2", "Published", "PublishedV2", "row"]
 
 
 _SMALL = Grouping(decay_backbone_norms=True, decay_affine=True)
@@ -69,6 +69,42 @@ DEIM_RTDETRV2: dict[str, Published] = {  # spec 4.3
     "r50-m": Published(2e-4, 2e-5, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
     "r50": Published(2e-4, 2e-5, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
     "r101": Published(2e-4, 2e-6, 16, 1e-4, 60, 58, 34, 4, groups=_DEIM_RTDETR),
+}
+
+
+@dataclass(frozen=True)
+class PublishedV2(Published):
+    """What DEIMv2 adds (spec 4.5): the epoch of the late matching, chances, and which terms."""
+
+    late: int = 0
+    mosaic: float = 0.5
+    mixup: float = 0.5
+    copy_blend: float = 0.5
+    min_size: float = 1.0
+    distributions: bool = True  # FGL, DDF and the union of stages; the three smallest do without
+    warmup_steps: int = 2000
+
+
+_PICO = PublishedV2(
+    *(1.6e-3, 8e-4, 128, 1e-4, 500, 400, 250, 4),
+    repeat=None,
+    late=450,
+    mixup=0.0,
+    copy_blend=0.0,
+    min_size=8,
+    distributions=False,
+    warmup_steps=4000,
+)
+
+DEIMV2: dict[str, PublishedV2] = {
+    "atto": replace(_PICO, lr=2e-3, backbone_lr=1e-3, mosaic=0.3, min_size=12),
+    "femto": replace(_PICO, min_size=10),
+    "pico": _PICO,
+    "n": PublishedV2(8e-4, 4e-4, 32, 1e-4, 160, 148, 78, 4, gamma=1.0, repeat=None, late=136, copy_blend=0.4),
+    "s": PublishedV2(5e-4, 2.5e-5, 32, 1e-4, 132, 120, 64, 4, repeat=20, late=100),
+    "m": PublishedV2(5e-4, 2.5e-5, 32, 1e-4, 102, 90, 49, 4, repeat=6, late=80),
+    "l": PublishedV2(5e-4, 1.25e-5, 32, 1.25e-4, 68, 60, 34, 4, repeat=3, late=50),
+    "x": PublishedV2(5e-4, 1e-5, 32, 1.25e-4, 58, 50, 29, 4, repeat=3, late=45),
 }
 
 

@@ -13,7 +13,7 @@ from finedetr.model.layers import LearnableAffine
 
 __all__ = ["Grouping", "adamw", "parameter_groups"]
 
-NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
+NORMS = (_BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def parameter_groups(
     """The trainable parameters of a detector in at most four groups, each with its name, rate and decay.
 
     Args:
-        detector: A module whose `backbone` attribute is its backbone.
+        detector: A module whose `backbone` attribute is its backbone; where that has a part `pretrained`, it is meant.
         lr: The rate of everything else than the backbone.
         weight_decay: Decay of what decays.
         backbone: The backbone's rate as a multiple of `lr`.
@@ -60,7 +60,8 @@ def parameter_groups(
         ConfigError: Nothing is trainable, or one parameter is shared by modules that belong to different groups.
     """
     grouping = grouping or Grouping()
-    inside = set(getattr(detector, "backbone", nn.Module()).modules())
+    backbone_ = getattr(detector, "backbone", nn.Module())
+    inside = set(getattr(backbone_, "pretrained", backbone_).modules())
     where: dict[nn.Parameter, tuple[str, bool]] = {}
     names: dict[nn.Parameter, str] = {}
     for prefix, module in detector.named_modules():
