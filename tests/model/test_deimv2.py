@@ -31,6 +31,12 @@ COUNTS = {  # spec 1.7, at 80 classes: in training, and with a fused encoder
     "deimv2-l": (32_551_214, 32_178_043),
     "deimv2-x": (51_211_736, 50_260_163),
 }
+HGNET_COUNTS = {
+    "deimv2-hgnet-s": 10_451_413,
+    "deimv2-hgnet-m": 18_866_352,
+    "deimv2-hgnet-l": 31_090_936,
+    "deimv2-hgnet-x": 60_291_704,
+}
 # What the official code (commit 0fff8d4) answers at the weights of `filled`, with 20 queries, to a picture of 128x128:
 # the three largest logits, and the boxes of the two best queries.
 GOLDEN = {
@@ -65,6 +71,13 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         shipped = deployed(detector, everything=False)
     assert sum(p.numel() for p in detector.parameters()) == COUNTS[name][0]
     assert sum(p.numel() for p in shipped.parameters()) == COUNTS[name][1]
+
+
+@pytest.mark.parametrize("name", HGNET_COUNTS)
+def test_parameter_counts_on_hgnetv2(name: str) -> None:
+    with torch.device("meta"):
+        detector = Detector(variant(name), 80)
+    assert sum(p.numel() for p in detector.parameters()) == HGNET_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", GOLDEN)

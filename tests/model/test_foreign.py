@@ -44,6 +44,10 @@ ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
     "deimv2-m": 769,
     "deimv2-l": 809,
     "deimv2-x": 989,
+    "deimv2-hgnet-s": 729,
+    "deimv2-hgnet-m": 943,
+    "deimv2-hgnet-l": 1137,
+    "deimv2-hgnet-x": 1325,
 }
 
 

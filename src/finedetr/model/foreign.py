@@ -133,7 +133,8 @@ def _read_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, T
         raise ModelError(
             f"{folder / 'config.json'}: no model of type {kind!r} is read",
             code="unknown_model",
-            hint="d_fine, rt_detr and rt_detr_v2 are.",
+            # its deimv2 recomputes positions in every layer and projects before the selection of queries (spec 2.3)
+            hint="d_fine, rt_detr and rt_detr_v2 are; DEIMv2 is read as its authors publish it.",
         )
     return _read_tensors(folder / WEIGHTS)
 

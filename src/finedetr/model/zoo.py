@@ -106,6 +106,17 @@ def _deimv2(
     )
 
 
+def _deimv2_hgnet(host: ModelConfig) -> ModelConfig:
+    """On the backbone and with the sizes of a D-FINE detector; the authors published no weights of these."""
+    size = host.name.rpartition("-")[2]
+    return ModelConfig(
+        f"deimv2-hgnet-{size}",
+        replace(host.backbone, freeze_stem=size == "x", freeze_norm=size == "x"),
+        replace(host.encoder, fusion="sum-elan4" if size == "s" else "sum-elan5"),
+        replace(_V2, feedforward=2048, layers=host.decoder.layers, scale=host.decoder.scale),
+    )
+
+
 _DEIMV2 = (
     _deimv2_tiny("atto", 64, 160, 100),
     _deimv2_tiny("femto", 96, 256, 150),
@@ -120,6 +131,7 @@ _DEIMV2 = (
     _deimv2("m", "vit-tiny-plus", 256, (512, 512), 0.67, 1.0),
     _deimv2("l", "dinov3-s", 224, (896, 1792), 1.0, 1.0),
     _deimv2("x", "dinov3-s-plus", 256, (1024, 2048), 1.25, 1.37, layers=6),
+    *(_deimv2_hgnet(host) for host in _DFINE[1:]),
 )
 
 _RTDETRV2 = (

@@ -105,6 +105,10 @@ DEIMV2: dict[str, PublishedV2] = {
     "m": PublishedV2(5e-4, 2.5e-5, 32, 1e-4, 102, 90, 49, 4, repeat=6, late=80),
     "l": PublishedV2(5e-4, 1.25e-5, 32, 1.25e-4, 68, 60, 34, 4, repeat=3, late=50),
     "x": PublishedV2(5e-4, 1e-5, 32, 1.25e-4, 58, 50, 29, 4, repeat=3, late=45),
+    "hgnet-s": PublishedV2(4e-4, 2e-4, 32, 1e-4, 132, 120, 64, 4, repeat=20, late=100),
+    "hgnet-m": PublishedV2(4e-4, 4e-5, 32, 1e-4, 102, 90, 49, 4, repeat=6, late=80),
+    "hgnet-l": PublishedV2(5e-4, 2.5e-5, 32, 1.25e-4, 58, 50, 29, 4, repeat=4, late=45),
+    "hgnet-x": PublishedV2(5e-4, 5e-6, 32, 1.25e-4, 58, 50, 29, 4, repeat=3, late=45),
 }
 
 
