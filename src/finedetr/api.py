@@ -88,6 +88,7 @@ class Model:
             self._device,
             mean=card.mean,
             std=card.std,
+            top=self._predictor.inference.top,
             names=card.names,
         )
         return evaluation
@@ -119,16 +120,35 @@ class TrainedRun:
         return load(self.folder, device=device)
 
 
-def load(path: str | Path, *, device: str = "auto", batch: int = 8, precision: str = "fp32") -> Model:
-    """A detector from a run's folder (its best weights) or a .safetensors file.
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    batch: int = 8,
+    precision: str = "fp32",
+    size: tuple[int, int] | None = None,
+    queries: int | None = None,
+    top: int | None = None,
+) -> Model:
+    """A detector from a run's folder (its best weights), a weight file, or a name such as dfine-s-coco.
+
+    Args:
+        path: Where the weights are.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch: Pictures that go through the detector together.
+        precision: fp32, bf16, fp16 or auto.
+        size: (height, width) of the input, rectangles included; None: what the weights were trained at.
+        queries: Another number of queries; None: that of the weights.
+        top: Detections kept of each picture; None: 300, or one for each query where there are more.
 
     Raises:
         ModelError: There are no weights, or they do not fit their own card.
         UsageError: The device or precision cannot be.
     """
     chosen = choose_device(device)
-    detector, card = load_weights(find_weights(path), chosen)
-    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision)), chosen)
+    detector, card = load_weights(find_weights(path), chosen, queries=queries)
+    card = replace(card, size=size or card.size)
+    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision), top=top), chosen)
 
 
 def train(
@@ -139,6 +159,7 @@ def train(
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
     weights: str | Path | None = None,
+    queries: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -156,6 +177,7 @@ def train(
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
         weights: Start from these.
+        queries: Another number of queries than the model's own.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
@@ -178,6 +200,8 @@ def train(
         made = build(config, recipe, tuple(extras), random_start=card is None)
         if card is not None:
             made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
+    if queries is not None:
+        made = replace(made, model=replace(made.model, decoder=replace(made.model.decoder, queries=queries)))
     made = _with_settings(made, settings, "train()")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
     request = Request(

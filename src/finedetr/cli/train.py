@@ -64,7 +64,7 @@ class Train:
 
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
-    words = spell(words)
+    words = [re.sub(r"^--queries$", "--model.decoder.queries", word) for word in spell(words)]
     base = _base_recipe(words)
     flags = parse(Train, _name_terms(words, base), "finedetr train", Train(settings=base))
     if flags.resume is not None:

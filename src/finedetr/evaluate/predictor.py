@@ -44,6 +44,7 @@ class Predictor:
         batch: Pictures that go through the detector together.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
         workers: Threads that read and resize pictures ahead of the detector.
+        top: Detections kept of each picture; None: see `top_detections`.
 
     Attributes:
         broken: file -> message of the pictures that were passed over, over the life of the predictor.
@@ -58,13 +59,14 @@ class Predictor:
         *,
         precision: Precision = "fp32",
         workers: int = 2,
+        top: int | None = None,
     ) -> None:
         if batch < 1 or workers < 1:
             raise UsageError(f"batch and workers are at least 1; got {batch} and {workers}", code="range")
         self.detector = detector.to(device).eval()
         self.card = card
         self.batch, self.workers = batch, workers
-        self.inference = Inference(device, precision, card.mean, card.std)
+        self.inference = Inference(device, precision, card.mean, card.std, top)
         self.broken: dict[str, str] = {}
 
     @property
@@ -191,7 +193,7 @@ def evaluate_detector(
     std: tuple[float, float, float] | None = None,
     *,
     precision: Precision = "fp32",
-    top: int = 300,
+    top: int | None = None,
     max_detections: int = 100,
     names: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -213,7 +215,7 @@ def evaluate_detector(
         mean: As in the weights' card.
         std: As in the weights' card.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
-        top: Detections kept of each picture.
+        top: Detections kept of each picture; None: see `top_detections`.
         max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         names: The detector's class names. Where they are not the data set's, classes are matched by name.
         progress: Called after each batch with how many of this process's batches are done, and how many there are.

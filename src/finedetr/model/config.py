@@ -82,6 +82,8 @@ class ModelConfig:
                 f"decoder.points names {len(self.decoder.points)} levels, the backbone returns "
                 f"{len(self.backbone.stages)}; give one number of points for each returned stage"
             )
+        if self.decoder.queries < 1:
+            raise ConfigError(f"decoder.queries: at least 1 is wanted, {self.decoder.queries} came", code="range")
         answering = self.decoder.answering
         if answering is not None and not 1 <= answering <= self.decoder.layers:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")

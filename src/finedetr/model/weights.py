@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,15 @@ def _card(metadata: dict[str, str], path: Path) -> Card:
     return Card.from_json(metadata["finedetr"], str(path))
 
 
-def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, Card]:
+def load_weights(
+    path: str | Path, device: torch.device | str = "cpu", *, queries: int | None = None
+) -> tuple[Detector, Card]:
     """A detector in eval mode with its weights, and its card.
+
+    Args:
+        path: A file of ours or of somebody else's.
+        device: Where it shall be.
+        queries: Another number of queries than it was trained with: no tensor depends on it.
 
     Raises:
         ModelError: The file is absent, unreadable, carries no card, or does not fit its own card; every missing,
@@ -182,6 +189,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     """
     path = Path(path)
     card, state = _read(path)
+    if queries is not None:
+        card = replace(card, config=replace(card.config, decoder=replace(card.config.decoder, queries=queries)))
     detector = Detector(card.config, len(card.names))
     own = detector.state_dict()
     faults = [f"missing {name}" for name in own if name not in state]
@@ -222,7 +231,7 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights.
+        detector: Changed in place; its model must be the one of the weights, but for the number of queries.
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -230,12 +239,7 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         ModelError: The weights belong to another model, or hardly anything fits.
     """
     card, state = _read(Path(path))
-    if card.config != detector.config:
-        raise ModelError(
-            f"{path} holds a {card.config.name!r}, the run trains a {detector.config.name!r}",
-            code="mismatch",
-            hint=f"Use --model {card.config.name}, or other weights.",
-        )
+    _check_same_model(card.config, detector.config, path)
     source = {name: index for index, name in enumerate(card.names)}
     here = [index for index, name in enumerate(names) if name in source]
     there = [source[names[index]] for index in here]
@@ -243,6 +247,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
             given = state.get(key)
+            if given is None and key.endswith("num_batches_tracked"):
+                continue  # a frozen norm has no such count
             if given is None:
                 skipped.append(f"{key}: not in the file")
             elif _is_class_row(key):
@@ -261,6 +267,32 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         tuple(name for name in names if name not in source),
         tuple(name for name in card.names if name not in wanted),
         tuple(skipped),
+    )
+
+
+def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
+    """Weights may start a model that differs in what no tensor depends on: queries, and what of it is frozen."""
+
+    def essence(config: ModelConfig) -> ModelConfig:
+        return replace(
+            config,
+            name="",
+            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
+            decoder=replace(config.decoder, queries=300),
+        )
+
+    if essence(given) == essence(wanted):
+        return
+    differing = [
+        f"{part}.{field.name} {mine} -> {theirs}"
+        for part in ("backbone", "encoder", "decoder")
+        for field in fields(getattr(given, part))
+        if (mine := getattr(getattr(given, part), field.name)) != (theirs := getattr(getattr(wanted, part), field.name))
+    ]
+    raise ModelError(
+        f"{path} holds a {given.name!r}, the run trains a {wanted.name!r}: {', '.join(differing[:5])}",
+        code="mismatch",
+        hint=f"Use --model {given.name}, or other weights.",
     )
 
 
