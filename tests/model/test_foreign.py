@@ -188,6 +188,51 @@ def test_the_model_that_answers_before_its_last_layer_is_read_back(tmp_path: Pat
         assert torch.equal(again(images).matching.boxes, ours(images).matching.boxes)
 
 
+def test_rt_detrs_own_names_of_its_hgnet_are_read(tmp_path: Path) -> None:
+    name = "rtdetrv2-hgnet-l"
+    torch.manual_seed(0)
+    ours = Detector(variant(name), 3)
+    renamed = {
+        re.sub(
+            r"aggregation\.1\.",
+            "aggregation_excitation_conv.",
+            re.sub(r"aggregation\.0\.", "aggregation_squeeze_conv.", key),
+        ): value
+        for key, value in official(ours).items()
+    }
+    theirs = {re.sub(r"(stem2[ab]\.conv)\.weight", r"\1.1.weight", key): value for key, value in renamed.items()}
+    assert {
+        "backbone.stem.stem2a.conv.1.weight",
+        "backbone.stages.3.blocks.0.aggregation_squeeze_conv.bn.weight",
+        "backbone.stages.0.blocks.0.aggregation_excitation_conv.conv.weight",
+    } <= theirs.keys()
+    torch.save({"ema": {"module": theirs}}, tmp_path / "rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth")
+    loaded, card = load_weights(tmp_path / "rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth")
+    assert card.config == variant(name)
+    state = ours.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items() if "tracked" not in k)
+
+
+def test_discrete_sampling_is_known_by_the_name_of_a_file_and_by_transformers_configuration(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = Detector(variant("rtdetrv2-r18-dsp"), 2)
+    randomize(ours)
+    torch.save({"ema": {"module": official(ours)}}, tmp_path / "rtdetrv2_r18vd_dsp_3x_coco.pth")
+    assert read_card(tmp_path / "rtdetrv2_r18vd_dsp_3x_coco.pth").config == variant("rtdetrv2-r18-dsp")
+    write_transformers(tmp_path / "hf", ours, ("hen", "egg"))
+    again, card = load_weights(tmp_path / "hf")
+    assert card.config == variant("rtdetrv2-r18-dsp")
+    images = torch.rand(1, 3, 96, 128)
+    with torch.inference_mode():
+        assert torch.equal(again(images).matching.boxes, ours.eval()(images).matching.boxes)
+    fresh = Detector(variant("rtdetrv2-r18-dsp"), 2)  # as published: fine-tuned from the weights of its twin
+    twin = Detector(variant("rtdetrv2-r18"), 2)
+    torch.save(official(twin), tmp_path / "r18.pth")
+    assert transfer_weights(fresh, ("class 0", "class 1"), tmp_path / "r18.pth").skipped == ()
+    offsets = "decoder.layers.0.cross_attention.sampling_offsets.bias"
+    assert torch.equal(fresh.state_dict()[offsets], twin.state_dict()[offsets])
+
+
 def test_transformers_has_no_deim(tmp_path: Path) -> None:
     with torch.device("meta"):
         detector = Detector(variant("deim-dfine-n"), 3)

@@ -50,6 +50,7 @@ class DecoderConfig:
     activation: Literal["relu", "silu"] = "relu"  # DEIM: silu
     boxes: Literal["distributions", "plain"] = "distributions"  # refined as four distributions (FDR), or as numbers
     projected: bool = False  # linear layers before and behind the deformable attention
+    sampling: Literal["bilinear", "discrete"] = "bilinear"  # of the pyramid; discrete: at one cell, RT-DETRv2's "dsp"
     gateway: bool = True  # of what a query was and what it saw; otherwise a sum and a norm
     position_layers: int = 2  # of the network that makes a position of a box: 2 of twice the width, or 3
     position_limit: float | None = 10.0  # where positions are cut off

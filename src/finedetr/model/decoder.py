@@ -60,7 +60,9 @@ class DecoderLayer(nn.Module):
         width = config.width
         self.self_attention = SelfAttention(width, config.heads)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = DeformableAttention(width, config.heads, config.points, projected=config.projected)
+        self.cross_attention = DeformableAttention(
+            width, config.heads, config.points, projected=config.projected, discrete=config.sampling == "discrete"
+        )
         self.gateway = Gateway(width) if config.gateway else None
         self.norm2 = None if config.gateway else nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, config.feedforward)

@@ -5,11 +5,13 @@ For every tensor that a model of ours has, its name over there is looked up, so 
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -61,7 +63,8 @@ def read_foreign(path: Path) -> Foreign:
     """Reads an official `.pth` (D-FINE, DEIM, RT-DETRv2) or a folder of transformers (d_fine, rt_detr, rt_detr_v2).
 
     Nothing of a file is executed. Which model it is follows from the shapes of its tensors; D-FINE and its DEIM twin
-    have the same, so the word "deim" in the file's name decides between them.
+    have the same, and so has RT-DETRv2 with discrete sampling, so the words "deim" and "dsp" in the file's name decide
+    between them.
 
     Raises:
         ModelError: Unreadable, or no model of the table fits, or tensors are left over: they are named, and so is the
@@ -77,6 +80,8 @@ def read_foreign(path: Path) -> Foreign:
     config, state, used = _fit(given, names_of, path)
     if isinstance(settings.get("num_queries"), int):
         config = replace(config, decoder=replace(config.decoder, queries=settings["num_queries"]))
+    if settings.get("decoder_method") in ("default", "discrete"):
+        config = _sampled(config, discrete=settings["decoder_method"] == "discrete")
     names, ids = _classes(len(state["selection.score_head.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask")
     aliases = ("decoder.decoder.up", "decoder.decoder.reg_scale")
@@ -155,13 +160,10 @@ def _fit(
     given: Mapping[str, Tensor], names_of: Callable[..., tuple[str, ...]], path: Path
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
     """The model of the table whose every tensor is in the file with its shape."""
-    wants_deim = "deim" in str(path).lower()
-    rows = sorted(_rows(), key=lambda row: row.name.startswith("deim-") != wants_deim)
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
-    for config in rows:
-        with torch.device("meta"):
-            own = Detector(config, count).state_dict()
+    for config in _likely_first(given, path):
+        own = _blueprint(config, count)
         plain, resnet = config.decoder.boxes == "plain", config.backbone.name.startswith("R")
         state, used, faults = {}, set(), []
         for key, tensor in own.items():
@@ -190,6 +192,37 @@ def _fit(
         f"{'; '.join(best[2])}",
         code="mismatch",
     )
+
+
+@functools.cache
+def _blueprint(config: ModelConfig, count: int) -> dict[str, Tensor]:
+    """The tensors of a model without their numbers."""
+    with torch.device("meta"):
+        return Detector(config, count).state_dict()
+
+
+def _likely_first(given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
+    """The rows of the table, those most like the file first: building a model, even without numbers, takes a moment."""
+    found = (re.search(r"(?:^|\.)decoder\.layers\.(\d+)\.", key) for key in given)
+    layers = max((int(match[1]) + 1 for match in found if match), default=0)
+    resnet = any("res_layers" in key or ".embedder.embedder." in key for key in given)
+    said = str(path).lower()
+
+    def unlike(row: ModelConfig) -> tuple[bool, ...]:
+        return (
+            row.decoder.layers != layers or row.backbone.name.startswith("R") != resnet,
+            row.name.startswith("deim-") != ("deim" in said),
+            row.name.endswith("-dsp") != ("dsp" in said),
+        )
+
+    return sorted(_rows(), key=unlike)
+
+
+def _sampled(config: ModelConfig, *, discrete: bool) -> ModelConfig:
+    """The same model with the other way to sample the pyramid, under that one's name."""
+    name = config.name.removesuffix("-dsp") + ("-dsp" if discrete else "")
+    sampling: Literal["bilinear", "discrete"] = "discrete" if discrete else "bilinear"
+    return replace(config, name=name, decoder=replace(config.decoder, sampling=sampling))
 
 
 def _rows() -> Iterator[ModelConfig]:

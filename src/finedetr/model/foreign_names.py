@@ -82,6 +82,11 @@ _OLD_SPELLINGS: Rules = (  # what save_pretrained writes; and RT-DETR's first ve
     (r"\.mlp\.fc", ".fc"),
     (r"\.o_proj\.", ".out_proj."),
 )
+_RTDETR_HGNET: Rules = (  # RT-DETRv2's own HGNetv2, where padding and convolution are one sequence
+    (r"\.aggregation\.0\.", ".aggregation_squeeze_conv."),
+    (r"\.aggregation\.1\.", ".aggregation_excitation_conv."),
+    (r"stem\.(stem2[ab])\.conv\.", r"stem.\1.conv.1."),
+)
 _RESNET_TO_OFFICIAL: Rules = (
     (r"^backbone\.stem\.0\.", "backbone.conv1.conv1_1."),
     (r"^backbone\.stem\.1\.", "backbone.conv1.conv1_2."),
@@ -146,9 +151,9 @@ def official_names(key: str, *, plain: bool, resnet: bool) -> tuple[str, ...]:
 
 
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
-    """A tensor of a file, by its new or its old spelling; `name@qk` and `name@v` are parts of a joint projection."""
+    """A tensor of a file, by any of its spellings; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
-    for spelling in (name, _rename(name, _OLD_SPELLINGS)):
+    for spelling in (name, _rename(name, _OLD_SPELLINGS), _rename(name, _RTDETR_HGNET)):
         if spelling in given:
             tensor = given[spelling]
             if part:

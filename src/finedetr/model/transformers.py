@@ -77,6 +77,7 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
             "architectures": ["RTDetrV2ForObjectDetection"],
             "backbone_config": _resnet(config.backbone),
             "decoder_n_points": decoder.points[0],
+            "decoder_method": "discrete" if decoder.sampling == "discrete" else "default",
         }
     return {
         **common,

@@ -231,7 +231,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights, but for the number of queries.
+        detector: Changed in place; its model must be the one of the weights, but for
+            the number of queries, how the pyramid is sampled, and what is frozen.
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -271,14 +272,14 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
 
 
 def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
-    """Weights may start a model that differs in what no tensor depends on: queries, and what of it is frozen."""
+    """Weights may start a model that differs in what no tensor depends on: queries, sampling, what is frozen."""
 
     def essence(config: ModelConfig) -> ModelConfig:
         return replace(
             config,
             name="",
             backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
-            decoder=replace(config.decoder, queries=300),
+            decoder=replace(config.decoder, queries=300, sampling="bilinear"),
         )
 
     if essence(given) == essence(wanted):
