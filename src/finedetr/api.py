@@ -16,6 +16,8 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Precision
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.evaluate.sources import Source
+from finedetr.model.detector import Detector
+from finedetr.model.publish import push
 from finedetr.model.weights import Card, load_weights, read_card
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
@@ -92,6 +94,26 @@ class Model:
             names=card.names,
         )
         return evaluation
+
+    def push_to_hub(self, repository: str, *, license: str, private: bool = False, dataset: str | None = None) -> str:
+        """Uploads weights and model card to the Hugging Face Hub; `load("hf://owner/name")` reads them again.
+
+        Args:
+            repository: owner/name; made where it is absent.
+            license: Of these weights, as the Hub spells it, such as apache-2.0.
+            private: Whether a new repository is private.
+            dataset: What the numbers in the card were measured on.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UsageError: See `finedetr.model.publish.push`.
+            RunError: The Hub refuses, or cannot be reached.
+        """
+        detector = self._predictor.detector
+        assert isinstance(detector, Detector)
+        return push(repository, detector, self.card, license=license, private=private, dataset=dataset)
 
 
 @dataclass(frozen=True)

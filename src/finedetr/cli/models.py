@@ -1,4 +1,4 @@
-"""`finedetr models`: the table of models (list, show), and weights from and for other people's code (convert)."""
+"""`finedetr models`: the table of models (list, show); weights for others (convert, push)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finedetr.cli.flags import output, parse, spell
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.catalog import CATALOG, CODE_LICENSE, OBJECTS365, PRETRAINED_AP, family_of, weights_of
 
-ACTIONS = ("list", "show", "convert")
+ACTIONS = ("list", "show", "convert", "push")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Models:
     """List the models that can be trained: size, cost, the AP and latency that their authors report, their weights.
 
     `finedetr models show NAME` says all that is known of one; `finedetr models convert` carries weights from and to
-    other people's code.
+    other people's code, `finedetr models push` uploads them to the Hugging Face Hub.
     """
 
     json: bool = False
@@ -57,6 +57,26 @@ class Convert:
     """Print one JSON document."""
 
 
+@dataclass(frozen=True)
+class Push:
+    """Upload weights with a model card to the Hugging Face Hub, from where `hf://owner/name` loads them."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A run's folder or a weight file."""
+    repository: Annotated[str, tyro.conf.Positional]
+    """owner/name; made where it is absent."""
+    license: str | None = None
+    """Of these weights, as the Hub spells it: apache-2.0, cc-by-4.0, other. Required."""
+    private: bool = False
+    """Make a private repository."""
+    dataset: str | None = None
+    """What the numbers in the card were measured on."""
+    folder: Path | None = None
+    """Write the files into this folder instead, and upload nothing."""
+    json: bool = False
+    """Print one JSON document."""
+
+
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     action, *rest = words if words and not words[0].startswith("-") else ["list", *words]
@@ -65,6 +85,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
             return _list(parse(Models, spell(rest), "finedetr models"))
         case "show":
             return _show(parse(Show, spell(rest), "finedetr models show"))
+        case "push":
+            return _push(parse(Push, spell(rest), "finedetr models push"))
         case "convert":
             return _convert(parse(Convert, spell(rest), "finedetr models convert"))
     raise UsageError(f"models {action!r} is no action", code="verb", hint=did_you_mean(action, ACTIONS))
@@ -88,6 +110,7 @@ def _list(flags: Models) -> dict[str, Any] | None:
 def _facts(name: str) -> dict[str, Any]:
     """What the catalog knows of a model."""
     entry, family = CATALOG[name], family_of(name)
+    assert family is not None
     return {
         "name": name,
         "parameters": entry.parameters,
@@ -155,6 +178,7 @@ def _show(flags: Show) -> dict[str, Any] | None:
     if flags.json:
         return {"result": {**facts, "counted": counted, "config": asdict(config)}, "warnings": []}
     family, entry = family_of(flags.name), CATALOG[flags.name]
+    assert family is not None
     output(f"model     {flags.name}: {family.paper}, github.com/{family.repository}")
     output(
         f"made of   {config.backbone.name}; strides {', '.join(map(str, config.strides))}; encoder "
@@ -176,6 +200,27 @@ def _show(flags: Show) -> dict[str, Any] | None:
     output(f"license   code {CODE_LICENSE}; weights {family.weights_license}")
     if any(not weights["name"].endswith("-coco") for weights in facts["weights"]):
         output(f"          {OBJECTS365}")
+    return None
+
+
+def _push(flags: Push) -> dict[str, Any] | None:
+    from finedetr.model.publish import license_chain, push, write_repository
+    from finedetr.model.weights import load_weights
+    from finedetr.train.folder import find_weights
+
+    detector, card = load_weights(find_weights(flags.source))
+    chain = license_chain(card)
+    print("\n".join(chain), file=sys.stderr)
+    if not flags.license:
+        raise UsageError("models push needs --license", code="required", hint="Such as: --license apache-2.0")
+    options: dict[str, Any] = {"license": flags.license, "dataset": flags.dataset}
+    if flags.folder is not None:
+        address = str(write_repository(flags.folder, flags.repository, detector, card, **options))
+    else:
+        address = push(flags.repository, detector, card, private=flags.private, **options)
+    if flags.json:
+        return {"result": {"repository": flags.repository, "address": address}, "warnings": list(chain)}
+    output(address)
     return None
 
 

@@ -113,9 +113,9 @@ FAMILIES: dict[str, Family] = {  # by the beginning of a model's name
 OBJECTS365 = "The images of Objects365, on which obj365 and obj2coco weights were trained, have terms of their own."
 
 
-def family_of(model: str) -> Family:
-    """The family of a model of the table."""
-    return next(family for prefix, family in FAMILIES.items() if model.startswith(prefix))
+def family_of(model: str) -> Family | None:
+    """The family of a model; None where its name is nobody's."""
+    return next((family for prefix, family in FAMILIES.items() if model.startswith(prefix)), None)
 
 
 def weights_of(model: str) -> dict[str, str]:

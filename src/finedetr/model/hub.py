@@ -7,9 +7,12 @@ from pathlib import Path
 
 from finedetr.errors import ModelError, did_you_mean
 
-__all__ = ["PUBLISHED", "fetch", "is_name"]
+__all__ = ["OURS", "PUBLISHED", "fetch", "is_name"]
 
+OURS = "finedetr.safetensors"
+"""The file that FineDETR puts into a repository: weights and their card."""
 FILES = ("config.json", "model.safetensors")
+"""What is read of other people's repositories."""
 
 PUBLISHED: dict[str, str] = {  # spec 2.1; D-FINE by its authors' community, RT-DETRv2 by theirs, both Apache-2.0
     "dfine-n-coco": "ustc-community/dfine-nano-coco",
@@ -65,6 +68,9 @@ def fetch(target: str) -> Path:
             hint="pip install huggingface_hub",
         ) from error
     try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=["config.json", OURS]))
+        if (folder / OURS).is_file():
+            return folder
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # no network, no such repository, no permission: the library has a class for each
         reason = re.split(r"\. |\n", str(error).strip())[0]
