@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from finedetr.errors import ModelError
+from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.detector import Detector
-from finedetr.model.foreign import COCO_IDS, COCO_NAMES, read_foreign
+from finedetr.model.foreign import read_foreign
 from finedetr.model.foreign_names import official_names
 from finedetr.model.transformers import transformers_config, write_transformers
 from finedetr.model.weights import load_weights, read_card, transfer_weights
@@ -39,6 +40,13 @@ ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
     "deim-rtdetrv2-r50": 801,
     "deim-rtdetrv2-r101": 1107,
 }
+
+OFFICIAL_ROWS = (  # which class of Objects365 each of COCO's starts from in the official code (spec 2.4)
+    *(0, 46, 5, 58, 114, 55, 116, 65, 21, 40, 176, 127, 249, 24, 56, 139, 92, 78, 99, 96),
+    *(144, 295, 178, 180, 38, 39, 13, 43, 120, 219, 148, 173, 165, 154, 137, 113, 145, 146, 204, 8),
+    *(35, 10, 88, 84, 93, 26, 112, 82, 265, 104, 141, 152, 234, 143, 150, 97, 2, 50, 25, 75),
+    *(98, 153, 37, 73, 115, 132, 106, 61, 163, 134, 277, 81, 133, 18, 94, 30, 169, 70, 328, 226),
+)
 
 
 def official(detector: Detector) -> dict[str, Tensor]:
@@ -250,6 +258,25 @@ def test_fine_tuning_starts_from_an_official_checkpoint_by_class_name(tmp_path: 
     row = COCO_NAMES.index("dog")
     assert torch.equal(target.selection.score_head.weight[0], source.selection.score_head.weight[row])
     assert target.selection.score_head.bias[1].item() == pytest.approx(-4.595, abs=1e-3)
+
+
+def test_objects365_weights_start_a_coco_detector_row_by_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = Detector(variant("dfine-n"), 366)
+    torch.save({"model": official(source)}, tmp_path / "dfine_n_obj365.pth")
+    card = read_card(tmp_path / "dfine_n_obj365.pth")
+    assert card.names == ("unused", *OBJECTS365_NAMES)
+    assert card.category_ids == tuple(range(366))
+    target = Detector(variant("dfine-n"), 80)
+    transfer = transfer_weights(target, COCO_NAMES, tmp_path / "dfine_n_obj365.pth")
+    assert (transfer.kept, transfer.new, transfer.skipped) == (COCO_NAMES, (), ())
+    assert len(transfer.dropped) == 366 - 80
+    rows = [row + 1 for row in OFFICIAL_ROWS]
+    for key in ("selection.score_head.weight", "decoder.score_heads.1.bias"):
+        assert torch.equal(target.state_dict()[key], source.state_dict()[key][rows])
+    table = {text: what for what, text in transfer.rows()}
+    assert table["bird <- Wild Bird"] == "kept"
+    assert len(transfer.rows()) == 80 + 1
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Inference, Precision, at_rest
 from finedetr.evaluate.sources import Pictures, Source, find_pictures, read_source
+from finedetr.model.classes import match_names
 
 if TYPE_CHECKING:
     from finedetr.model.weights import Card
@@ -268,18 +269,21 @@ def _class_table(names: Sequence[str] | None, categories: Categories) -> NDArray
     """For each class of the detector the data set's class of that name, or -1; None where the classes are the same."""
     if names is None or tuple(names) == categories.names:
         return None
-    index = {name: i for i, name in enumerate(categories.names)}
-    table = np.array([index.get(name, -1) for name in names], dtype=np.int64)
-    known = sorted(set(names) & set(categories.names))
-    if not known:
+    matched = match_names(categories.names, names)
+    table = np.full(len(names), -1, dtype=np.int64)
+    for truth, own in enumerate(matched):
+        if own is not None:
+            table[own] = truth
+    known = np.flatnonzero(table >= 0)
+    if not len(known):
         raise DataError(
             f"the detector knows {_some(names)}; the data set has {_some(categories.names)}: no name is the same",
             code="class_names",
         )
-    if len(set(names)) < len(names) or len(index) < len(categories.names):
+    if len(set(names)) < len(names) or len(set(categories.names)) < len(categories.names):
         raise DataError("classes cannot be matched by name: a name stands twice", code="class_names")
-    foreign = [name for name in names if name not in index]
-    unknown = [name for name in categories.names if name not in set(names)]
+    foreign = [name for name, truth in zip(names, table, strict=True) if truth < 0]
+    unknown = [name for name, own in zip(categories.names, matched, strict=True) if own is None]
     log.warning(
         "data.class_names: classes are matched by name: %d in common%s%s",
         len(known),

@@ -19,29 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finedetr.errors import ModelError
+from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign_names import look_up, official_names, transformers_names
 from finedetr.model.zoo import ZOO
 
-__all__ = ["COCO_IDS", "COCO_NAMES", "Foreign", "is_foreign", "read_foreign"]
-
-COCO_NAMES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard"),
-    *("cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase"),
-    *("scissors", "teddy bear", "hair drier", "toothbrush"),
-)
-"""COCO's 80 classes in the order in which published detectors answer."""
-
-_NOT_IN_COCO = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = tuple(number for number in range(1, 91) if number not in _NOT_IN_COCO)
-"""Their category ids: 1 to 90 with ten gaps."""
+__all__ = ["Foreign", "is_foreign", "read_foreign"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +133,8 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     elif count == len(COCO_NAMES):
         names = COCO_NAMES
+    elif count == len(OBJECTS365_NAMES) + 1:
+        names = ("unused", *OBJECTS365_NAMES)  # they answer with category ids, which begin with 1
     else:
         names = tuple(f"class {index}" for index in range(count))
     if count == len(COCO_NAMES) and names[0] == "person":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finedetr._version import __version__
 from finedetr.errors import ModelError, did_you_mean
+from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import is_foreign, read_foreign
@@ -215,17 +216,23 @@ class Transfer:
     """What became of each tensor and each class when weights were carried over to another set of classes."""
 
     kept: tuple[str, ...]  # class names whose rows were carried over
+    origins: tuple[str, ...]  # what the weights call each of them
     new: tuple[str, ...]  # class names that start at the focal prior
     dropped: tuple[str, ...]  # class names of the weights that nobody asked for
     skipped: tuple[str, ...]  # tensors that do not fit, with the reason
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, class name or tensor) for a table."""
-        return [(kind, name) for kind in ("kept", "new", "dropped", "skipped") for name in getattr(self, kind)]
+        """(what, class name or tensor) for a table; of what is dropped, the first ten in one row."""
+        kept = [name if name == old else f"{name} <- {old}" for name, old in zip(self.kept, self.origins, strict=True)]
+        rows = [("kept", name) for name in kept] + [("new", name) for name in self.new]
+        if self.dropped:
+            more = f" and {len(self.dropped) - 10} more" if len(self.dropped) > 10 else ""
+            rows.append(("dropped", ", ".join(self.dropped[:10]) + more))
+        return rows + [("skipped", reason) for reason in self.skipped]
 
 
 def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Path) -> Transfer:
-    """Starts a detector from the weights of another one; class heads are mapped by class name.
+    """Starts a detector from the weights of another one; class heads are mapped by class name (`match_names`).
 
     Rows of classes that the weights do not know start at the focal prior (bias -4.595, small random weights), so that
     nothing is left random in silence.
@@ -241,9 +248,9 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     """
     card, state = _read(Path(path))
     _check_same_model(card.config, detector.config, path)
-    source = {name: index for index, name in enumerate(card.names)}
-    here = [index for index, name in enumerate(names) if name in source]
-    there = [source[names[index]] for index in here]
+    source = dict(enumerate(match_names(names, card.names)))
+    here = [index for index, row in source.items() if row is not None]
+    there = [row for row in source.values() if row is not None]
     skipped = []
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
@@ -262,11 +269,11 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
                 skipped.append(f"{key}: {tuple(given.shape)} does not fit {tuple(tensor.shape)}")
             else:
                 tensor.copy_(given)
-    wanted = set(names)
     return Transfer(
         tuple(names[index] for index in here),
-        tuple(name for name in names if name not in source),
-        tuple(name for name in card.names if name not in wanted),
+        tuple(card.names[row] for row in there),
+        tuple(names[index] for index, row in source.items() if row is None),
+        tuple(name for row, name in enumerate(card.names) if row not in there),
         tuple(skipped),
     )
 
