@@ -181,6 +181,7 @@ def train(
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
     weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
     queries: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -199,6 +200,7 @@ def train(
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
         weights: Start from these.
+        backbone_weights: Start the backbone alone from its official file.
         queries: Another number of queries than the model's own.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
@@ -219,7 +221,7 @@ def train(
     else:
         card = read_card(start) if start else None
         config = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(config, recipe, tuple(extras), random_start=card is None)
+        made = build(config, recipe, tuple(extras), random_start=card is None and backbone_weights is None)
         if card is not None:
             made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
     if queries is not None:
@@ -231,6 +233,7 @@ def train(
         made,
         folder,
         weights=start,
+        backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

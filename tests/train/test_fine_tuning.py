@@ -18,7 +18,7 @@ from finedetr.model import hgnet
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.hgnet import HGNetTable, StageRow
-from finedetr.model.weights import Card, save_weights
+from finedetr.model.weights import Card, load_weights, save_weights
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
 from finedetr.train.recipe import Recipe
@@ -191,3 +191,36 @@ def test_weights_for_640_are_asked_at_480_by_800(tmp_path: Path) -> None:
     # untrained boxes stand around the cells of the pyramid: they are spread over the whole width and height
     assert found.xyxy[:, 0].min() < 200
     assert found.xyxy[:, 2].max() > 800
+
+
+def test_a_backbone_alone_starts_a_run_that_trusts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    source = Detector(MODEL, 2)
+    rules = {".norm.": ".bn.", ".squeeze.": ".aggregation.0.", ".expand.": ".aggregation.1.", ".affine.": ".lab."}
+    state = {}
+    for key, tensor in source.backbone.state_dict().items():
+        for ours, theirs in rules.items():
+            key = key.replace(ours, theirs)
+        state[key] = tensor
+    torch.save(state, tmp_path / "backbone.pth")
+    data = draw(tmp_path / "data", {1: "red", 2: "green"}, train=4, val=2)
+    run = finedetr.train(
+        data,
+        recipe=recipe(1, lr=1e-9),
+        backbone_weights=tmp_path / "backbone.pth",
+        out=tmp_path / "a",
+        device="cpu",
+        quiet=True,
+    )
+    assert "weights: backbone" in (run.folder / "train.log").read_text()
+    trained = load_weights(run.folder / "weights" / "last.safetensors")[0]
+    stem, began = trained.backbone.stem.stem1.conv.weight, source.backbone.stem.stem1.conv.weight  # type: ignore[union-attr]
+    torch.testing.assert_close(stem, began, atol=1e-6, rtol=0)
+    words = ["train", "--data", str(data), "--model", "dfine-l", "--backbone-weights", str(tmp_path / "backbone.pth")]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["result"]["recipe"]
+    assert settings["optimizer"]["backbone"] < 1  # the published rate of a backbone that knows something already
+    assert main([*words, "--weights", str(run.folder)]) == 2
+    assert "not from both" in capsys.readouterr().err
+    assert main(["train", "--data", str(data), "--backbone-weights", "nowhere.pth", "--dry-run"]) == 4
+    assert "no weights at nowhere.pth" in capsys.readouterr().err

@@ -163,6 +163,7 @@ def _show(flags: Show) -> dict[str, Any] | None:
     from finedetr.model.cost import count_operations
     from finedetr.model.deploy import deployed
     from finedetr.model.detector import Detector
+    from finedetr.model.pretrained import official_file
     from finedetr.model.zoo import variant
 
     config = variant(flags.name)
@@ -197,6 +198,8 @@ def _show(flags: Show) -> dict[str, Any] | None:
         ap = f", AP {weights['published_ap']}" if weights["published_ap"] else ""
         output(f"weights   {weights['name']}: huggingface.co/{weights['repository']}{ap}")
     output(f"weights   official .pth: {family.elsewhere}")
+    if official_file(config.backbone.name):
+        output(f"backbone  {official_file(config.backbone.name)} (ImageNet; train --backbone-weights)")
     output(f"license   code {CODE_LICENSE}; weights {family.weights_license}")
     if any(not weights["name"].endswith("-coco") for weights in facts["weights"]):
         output(f"          {OBJECTS365}")

@@ -25,7 +25,7 @@ from finedetr.model.detector import Detector
 from finedetr.model.foreign_names import look_up, official_names, transformers_names
 from finedetr.model.zoo import ZOO
 
-__all__ = ["Foreign", "is_foreign", "read_foreign"]
+__all__ = ["Foreign", "is_foreign", "read_foreign", "read_official"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_foreign(path: Path) -> Foreign:
         given, settings = _read_transformers(folder)
         names_of: Callable[..., tuple[str, ...]] = transformers_names
     else:
-        given, settings = _read_official(path), {}
+        given, settings = read_official(path), {}
         names_of = official_names
     config, state, used = _fit(given, names_of, path)
     if isinstance(settings.get("num_queries"), int):
@@ -108,8 +108,12 @@ def _read_transformers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise ModelError(f"{folder / 'model.safetensors'} is unreadable: {error}", code="schema") from error
 
 
-def _read_official(path: Path) -> dict[str, Tensor]:
-    """The moving average where there is one, otherwise the model (spec 2.1)."""
+def read_official(path: Path) -> dict[str, Tensor]:
+    """The tensors of an official `.pth`: the moving average where there is one, otherwise the model (spec 2.1).
+
+    Raises:
+        ModelError: It is absent, or holds more than numbers, or no table of tensors.
+    """
     if not path.is_file():
         raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a weight file.")
     try:
