@@ -101,6 +101,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["info", "nowhere"], 4, "model.not_found"),
         (["models", "shwo"], 2, "use.verb: models 'shwo' is no action\n  Did you mean show"),
         (["models", "show", "dfine-z"], 2, "no model is called 'dfine-z'"),
+        (["models", "pull", "dfine-s"], 4, "'dfine-s' names nothing on the Hub\n  Did you mean dfine-s-coco"),
         (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),
     ],
 )

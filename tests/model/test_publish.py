@@ -153,7 +153,7 @@ def test_a_repository_has_an_owner_and_a_name(fake: FakeHub, name: str) -> None:
 
 
 def test_the_command_wants_a_license_and_says_what_it_depends_on(
-    fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(save_weights(tmp_path / "a.safetensors", *made()))
     assert main(["models", "push", file, "me/mine"]) == 2
@@ -168,5 +168,9 @@ def test_the_command_wants_a_license_and_says_what_it_depends_on(
     assert main(words) == 0
     assert finedetr.load(tmp_path / "repository", device="cpu").names == NAMES
     assert len(fake.said) == 2
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "repository"))
+    capsys.readouterr()
+    assert main(["models", "pull", "hf://me/mine"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "repository")
     model = finedetr.load(file, device="cpu")
     assert model.push_to_hub("me/mine", license="apache-2.0").endswith("me/mine")

@@ -1,4 +1,4 @@
-"""`finedetr models`: the table of models (list, show); weights for others (convert, push)."""
+"""`finedetr models`: the table of models (list, show); weights from and for others (pull, push, convert)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finedetr.cli.flags import output, parse, spell
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.catalog import CATALOG, CODE_LICENSE, OBJECTS365, PRETRAINED_AP, family_of, weights_of
 
-ACTIONS = ("list", "show", "convert", "push")
+ACTIONS = ("list", "show", "pull", "push", "convert")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Fetch published weights into the cache of the Hugging Face Hub, for a machine that will have no network."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Such as dfine-s-coco or hf://owner/name@revision."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+@dataclass(frozen=True)
 class Push:
     """Upload weights with a model card to the Hugging Face Hub, from where `hf://owner/name` loads them."""
 
@@ -85,6 +95,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
             return _list(parse(Models, spell(rest), "finedetr models"))
         case "show":
             return _show(parse(Show, spell(rest), "finedetr models show"))
+        case "pull":
+            return _pull(parse(Pull, spell(rest), "finedetr models pull"))
         case "push":
             return _push(parse(Push, spell(rest), "finedetr models push"))
         case "convert":
@@ -203,6 +215,16 @@ def _show(flags: Show) -> dict[str, Any] | None:
     output(f"license   code {CODE_LICENSE}; weights {family.weights_license}")
     if any(not weights["name"].endswith("-coco") for weights in facts["weights"]):
         output(f"          {OBJECTS365}")
+    return None
+
+
+def _pull(flags: Pull) -> dict[str, Any] | None:
+    from finedetr.model.hub import fetch
+
+    folder = fetch(flags.name)
+    if flags.json:
+        return {"result": {"name": flags.name, "folder": str(folder)}, "warnings": []}
+    output(str(folder))
     return None
 
 

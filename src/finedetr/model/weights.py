@@ -238,8 +238,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights, but for
-            the number of queries, how the pyramid is sampled, and what is frozen.
+        detector: Changed in place; its model must be the one of the weights, but for the number of queries, how the
+            pyramid is sampled, and what is frozen.
         names: The class names of `detector`, in order.
         path: A weight file.
 
