@@ -16,6 +16,8 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Precision
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.evaluate.sources import Source
+from finedetr.model.detector import Detector
+from finedetr.model.publish import push
 from finedetr.model.weights import Card, load_weights, read_card
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
@@ -88,9 +90,30 @@ class Model:
             self._device,
             mean=card.mean,
             std=card.std,
+            top=self._predictor.inference.top,
             names=card.names,
         )
         return evaluation
+
+    def push_to_hub(self, repository: str, *, license: str, private: bool = False, dataset: str | None = None) -> str:
+        """Uploads weights and model card to the Hugging Face Hub; `load("hf://owner/name")` reads them again.
+
+        Args:
+            repository: owner/name; made where it is absent.
+            license: Of these weights, as the Hub spells it, such as apache-2.0.
+            private: Whether a new repository is private.
+            dataset: What the numbers in the card were measured on.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UsageError: See `finedetr.model.publish.push`.
+            RunError: The Hub refuses, or cannot be reached.
+        """
+        detector = self._predictor.detector
+        assert isinstance(detector, Detector)
+        return push(repository, detector, self.card, license=license, private=private, dataset=dataset)
 
 
 @dataclass(frozen=True)
@@ -119,16 +142,35 @@ class TrainedRun:
         return load(self.folder, device=device)
 
 
-def load(path: str | Path, *, device: str = "auto", batch: int = 8, precision: str = "fp32") -> Model:
-    """A detector from a run's folder (its best weights) or a .safetensors file.
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    batch: int = 8,
+    precision: str = "fp32",
+    size: tuple[int, int] | None = None,
+    queries: int | None = None,
+    top: int | None = None,
+) -> Model:
+    """A detector from a run's folder (its best weights), a weight file, or a name such as dfine-s-coco.
+
+    Args:
+        path: Where the weights are.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch: Pictures that go through the detector together.
+        precision: fp32, bf16, fp16 or auto.
+        size: (height, width) of the input, rectangles included; None: what the weights were trained at.
+        queries: Another number of queries; None: that of the weights.
+        top: Detections kept of each picture; None: 300, or one for each query where there are more.
 
     Raises:
         ModelError: There are no weights, or they do not fit their own card.
         UsageError: The device or precision cannot be.
     """
     chosen = choose_device(device)
-    detector, card = load_weights(find_weights(path), chosen)
-    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision)), chosen)
+    detector, card = load_weights(find_weights(path), chosen, queries=queries)
+    card = replace(card, size=size or card.size)
+    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision), top=top), chosen)
 
 
 def train(
@@ -139,6 +181,8 @@ def train(
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
     weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
+    queries: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -156,6 +200,8 @@ def train(
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
         weights: Start from these.
+        backbone_weights: Start the backbone alone from its official file.
+        queries: Another number of queries than the model's own.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
@@ -175,9 +221,11 @@ def train(
     else:
         card = read_card(start) if start else None
         config = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(config, recipe, tuple(extras), random_start=card is None)
+        made = build(config, recipe, tuple(extras), random_start=card is None and backbone_weights is None)
         if card is not None:
             made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
+    if queries is not None:
+        made = replace(made, model=replace(made.model, decoder=replace(made.model.decoder, queries=queries)))
     made = _with_settings(made, settings, "train()")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
     request = Request(
@@ -185,6 +233,7 @@ def train(
         made,
         folder,
         weights=start,
+        backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

@@ -99,7 +99,9 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data", "chekc"], 2, "Did you mean check"),
         (["data", "check", "nowhere"], 3, "data.none"),
         (["info", "nowhere"], 4, "model.not_found"),
-        (["models", "show"], 2, "use.verb"),
+        (["models", "shwo"], 2, "use.verb: models 'shwo' is no action\n  Did you mean show"),
+        (["models", "show", "dfine-z"], 2, "no model is called 'dfine-z'"),
+        (["models", "pull", "dfine-s"], 4, "'dfine-s' names nothing on the Hub\n  Did you mean dfine-s-coco"),
         (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),
     ],
 )
@@ -199,14 +201,35 @@ def test_info_models_env_and_data_check_answer(run: Path, data: Path, capsys: py
     assert main(["info", str(run)]) == 0
     assert "input    64x64" in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
-    table = {row["name"]: row["parameters"] for row in document(capsys)["result"]["models"]}
-    assert table["dfine-n"] == 3_782_693
+    table = {row["name"]: row for row in document(capsys)["result"]["models"]}
+    assert table["dfine-n"]["parameters"] == 3_782_693
+    assert table["deim-dfine-s"]["weights"] == []
+    assert main(["models", "list"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert {len(line) for line in lines} == {9}
+    assert lines[1][:5] == ["dfine-n", "3782693", "7.31", "42.8", "2.12"]
+    assert main(["models", "show", "dfine-n", "--size", "320"]) == 0
+    said = capsys.readouterr().out
+    assert "3,782,693 parameters, 3,753,799 as deployed" in said
+    assert "huggingface.co/ustc-community/dfine-nano-coco" in said
+    assert main(["models", "show", "rtdetrv2-r18", "--size", "64", "--json"]) == 0
+    result = document(capsys)["result"]
+    assert 0 < result["counted"]["gflops"] < 2 < result["gflops"]
     assert main(["env", "--json"]) == 0
     assert document(capsys)["result"]["packages"]["torch"]
     assert main(["data", "check", str(data), "--size", "64"]) == 0
     assert "train: 4 pictures" in capsys.readouterr().out
     assert main(["data", "check", str(data), "--json"]) == 0
     assert document(capsys)["result"]["splits"][0]["pictures"] == 4
+
+
+def test_the_table_of_models_fits_a_terminal() -> None:
+    from finedetr.cli.models import _facts, _table
+    from finedetr.model.catalog import CATALOG
+
+    lines = _table([_facts(name) for name in CATALOG]).splitlines()
+    assert max(map(len, lines)) <= 110
+    assert any(line.startswith("dfine-s  ") and "10.3 M" in line and "Hub: coco, obj365" in line for line in lines)
 
 
 def test_weights_are_converted_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,8 +104,10 @@ def test_classes_are_matched_by_name(dataset: Dataset, caplog: pytest.LogCapture
         result, _ = evaluate_detector(Swapped(dataset), dataset, (32, 32), workers=0, names=("dog", "cat", "ufo"))
     assert result.ap == pytest.approx(1)
     assert "not in the data set: ufo" in caplog.text
+    result, _ = evaluate_detector(Swapped(dataset), dataset, (32, 32), workers=0, names=("Dog", "CAT", "ufo"))
+    assert result.ap == pytest.approx(1)
     with pytest.raises(DataError, match="no name is the same"):
-        evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0, names=("Cat", "Dog"))
+        evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0, names=("hen", "fox"))
 
 
 def test_weights_that_answer_nan_are_named_and_not_measured(dataset: Dataset) -> None:

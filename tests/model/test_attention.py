@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from finedetr.model.attention import DeformableAttention
@@ -34,6 +35,34 @@ def test_a_place_that_is_no_number_reaches_the_answer() -> None:
     out = attention._sum_of_corners(places, torch.rand(1, 3, 2, 3), tuple(maps))
     assert out[0, 1, :4].isnan().all()  # the first head's half
     assert out[0, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(6, 6), (3, 8)])
+def test_discrete_sampling_reads_one_cell_and_stays_on_the_map(size: tuple[int, int]) -> None:
+    attention = DeformableAttention(4, 2, (1,), discrete=True)
+    height, width = size
+    level = torch.arange(4.0 * height * width).view(1, 4, height, width)
+    for (x, y), (column, row) in {
+        (0.0, 0.0): (0, 0),
+        (-2.0, 0.5): (0, int(0.5 * height + 0.5)),
+        (1.0, 1.0): (width - 1, height - 1),  # the official code would read column height - 1
+        (7.0, 0.0): (width - 1, 0),
+        (2.4 / width, 1.6 / height): (2, 2),
+    }.items():
+        places = torch.tensor([x, y]).expand(1, 1, 2, 1, 2)
+        out = attention._sum_of_cells(places, torch.ones(1, 1, 2, 1), (level,))
+        assert torch.equal(out[0, 0], level[0, :, row, column])
+
+
+def test_discrete_sampling_trains_all_but_its_offsets() -> None:
+    torch.manual_seed(0)
+    attention = DeformableAttention(8, 2, (2, 1), projected=True, discrete=True)
+    memory = tuple(torch.randn(1, 8, h, w, requires_grad=True) for h, w in ((4, 6), (2, 3)))
+    attention(torch.randn(1, 3, 8), torch.rand(1, 3, 4), memory).square().sum().backward()
+    untrained = {name for name, p in attention.named_parameters() if p.grad is None}
+    assert untrained == {"sampling_offsets.weight", "sampling_offsets.bias"}
+    assert not any(p.requires_grad for p in attention.sampling_offsets.parameters())
+    assert all(level.grad is not None and level.grad.any() for level in memory)
 
 
 def test_points_start_on_rays_one_direction_a_head() -> None:

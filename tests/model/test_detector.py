@@ -211,3 +211,10 @@ def test_top_detections_are_flat_over_queries_and_classes() -> None:
     assert scores.shape == (1, 12)
     assert labels[0, :3].tolist() == [1, 3, 0]
     assert torch.equal(found[0, :3], boxes[0, [2, 2, 0]])
+
+
+def test_as_many_detections_are_kept_as_there_are_queries_beyond_300() -> None:
+    for queries, kept in ((200, 300), (400, 400)):
+        logits, boxes = torch.zeros(1, queries, 2), torch.zeros(1, queries, 4)
+        assert top_detections(logits, boxes)[0].shape == (1, kept)
+    assert top_detections(logits, boxes, k=350)[0].shape == (1, 350)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from finedetr.errors import ModelError
+from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.detector import Detector
-from finedetr.model.foreign import COCO_IDS, COCO_NAMES, read_foreign
+from finedetr.model.foreign import read_foreign
 from finedetr.model.transformers import transformers_config, write_transformers
 from finedetr.model.weights import load_weights, read_card, transfer_weights
 from finedetr.model.zoo import ZOO, variant
@@ -49,6 +50,13 @@ ENTRIES = {  # state-dict entries of the official code (spec 1.4 - 1.6)
     "deimv2-hgnet-l": 1137,
     "deimv2-hgnet-x": 1325,
 }
+
+OFFICIAL_ROWS = (  # which class of Objects365 each of COCO's starts from in the official code (spec 2.4)
+    *(0, 46, 5, 58, 114, 55, 116, 65, 21, 40, 176, 127, 249, 24, 56, 139, 92, 78, 99, 96),
+    *(144, 295, 178, 180, 38, 39, 13, 43, 120, 219, 148, 173, 165, 154, 137, 113, 145, 146, 204, 8),
+    *(35, 10, 88, 84, 93, 26, 112, 82, 265, 104, 141, 152, 234, 143, 150, 97, 2, 50, 25, 75),
+    *(98, 153, 37, 73, 115, 132, 106, 61, 163, 134, 277, 81, 133, 18, 94, 30, 169, 70, 328, 226),
+)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -206,6 +214,51 @@ def test_the_model_that_answers_before_its_last_layer_is_read_back(tmp_path: Pat
         assert torch.equal(again(images).matching.boxes, ours(images).matching.boxes)
 
 
+def test_rt_detrs_own_names_of_its_hgnet_are_read(tmp_path: Path) -> None:
+    name = "rtdetrv2-hgnet-l"
+    torch.manual_seed(0)
+    ours = Detector(variant(name), 3)
+    renamed = {
+        re.sub(
+            r"aggregation\.1\.",
+            "aggregation_excitation_conv.",
+            re.sub(r"aggregation\.0\.", "aggregation_squeeze_conv.", key),
+        ): value
+        for key, value in official(ours).items()
+    }
+    theirs = {re.sub(r"(stem2[ab]\.conv)\.weight", r"\1.1.weight", key): value for key, value in renamed.items()}
+    assert {
+        "backbone.stem.stem2a.conv.1.weight",
+        "backbone.stages.3.blocks.0.aggregation_squeeze_conv.bn.weight",
+        "backbone.stages.0.blocks.0.aggregation_excitation_conv.conv.weight",
+    } <= theirs.keys()
+    torch.save({"ema": {"module": theirs}}, tmp_path / "rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth")
+    loaded, card = load_weights(tmp_path / "rtdetrv2_hgnetv2_l_6x_coco_from_paddle.pth")
+    assert card.config == variant(name)
+    state = ours.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items() if "tracked" not in k)
+
+
+def test_discrete_sampling_is_known_by_the_name_of_a_file_and_by_transformers_configuration(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = Detector(variant("rtdetrv2-r18-dsp"), 2)
+    randomize(ours)
+    torch.save({"ema": {"module": official(ours)}}, tmp_path / "rtdetrv2_r18vd_dsp_3x_coco.pth")
+    assert read_card(tmp_path / "rtdetrv2_r18vd_dsp_3x_coco.pth").config == variant("rtdetrv2-r18-dsp")
+    write_transformers(tmp_path / "hf", ours, ("hen", "egg"))
+    again, card = load_weights(tmp_path / "hf")
+    assert card.config == variant("rtdetrv2-r18-dsp")
+    images = torch.rand(1, 3, 96, 128)
+    with torch.inference_mode():
+        assert torch.equal(again(images).matching.boxes, ours.eval()(images).matching.boxes)
+    fresh = Detector(variant("rtdetrv2-r18-dsp"), 2)  # as published: fine-tuned from the weights of its twin
+    twin = Detector(variant("rtdetrv2-r18"), 2)
+    torch.save(official(twin), tmp_path / "r18.pth")
+    assert transfer_weights(fresh, ("class 0", "class 1"), tmp_path / "r18.pth").skipped == ()
+    offsets = "decoder.layers.0.cross_attention.sampling_offsets.bias"
+    assert torch.equal(fresh.state_dict()[offsets], twin.state_dict()[offsets])
+
+
 def test_transformers_has_no_deim(tmp_path: Path) -> None:
     with torch.device("meta"):
         detector = Detector(variant("deim-dfine-n"), 3)
@@ -223,6 +276,25 @@ def test_fine_tuning_starts_from_an_official_checkpoint_by_class_name(tmp_path: 
     row = COCO_NAMES.index("dog")
     assert torch.equal(target.selection.score_head.weight[0], source.selection.score_head.weight[row])
     assert target.selection.score_head.bias[1].item() == pytest.approx(-4.595, abs=1e-3)
+
+
+def test_objects365_weights_start_a_coco_detector_row_by_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = Detector(variant("dfine-n"), 366)
+    torch.save({"model": official(source)}, tmp_path / "dfine_n_obj365.pth")
+    card = read_card(tmp_path / "dfine_n_obj365.pth")
+    assert card.names == ("unused", *OBJECTS365_NAMES)
+    assert card.category_ids == tuple(range(366))
+    target = Detector(variant("dfine-n"), 80)
+    transfer = transfer_weights(target, COCO_NAMES, tmp_path / "dfine_n_obj365.pth")
+    assert (transfer.kept, transfer.new, transfer.skipped) == (COCO_NAMES, (), ())
+    assert len(transfer.dropped) == 366 - 80
+    rows = [row + 1 for row in OFFICIAL_ROWS]
+    for key in ("selection.score_head.weight", "decoder.score_heads.1.bias"):
+        assert torch.equal(target.state_dict()[key], source.state_dict()[key][rows])
+    table = {text: what for what, text in transfer.rows()}
+    assert table["bird <- Wild Bird"] == "kept"
+    assert len(transfer.rows()) == 80 + 1
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

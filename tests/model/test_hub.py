@@ -39,9 +39,11 @@ def test_a_name_becomes_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         detector, card = load_weights(find_weights(name))
         assert (card.config.name, card.names) == ("dfine-n", ("a", "b", "c"))
         assert not detector.training
+    ours, theirs = ("config.json", "finedetr.safetensors"), ("config.json", "model.safetensors")
     assert asked == [
-        ("ustc-community/dfine-nano-coco", None, ("config.json", "model.safetensors")),
-        ("me/mine", "v2", ("config.json", "model.safetensors")),
+        (*where, files)
+        for where in (("ustc-community/dfine-nano-coco", None), ("me/mine", "v2"))
+        for files in (ours, theirs)
     ]
 
 

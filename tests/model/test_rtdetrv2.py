@@ -70,11 +70,20 @@ def test_deployed_counts_are_the_published_ones_without_the_heads_of_training(na
         ("rtdetrv2-r34", (320, 320)),
         ("rtdetrv2-r50", (640, 640)),
         ("rtdetrv2-r101", (320, 320)),
+        ("rtdetrv2-r18-dsp", (320, 320)),
+        ("rtdetrv2-r18-dsp", (320, 448)),
     ],
 )
 def test_logits_and_boxes_equal_transformers(name: str, size: tuple[int, int]) -> None:
     pytest.importorskip("transformers")
     assert_same_answers(*pair(variant(name), 80), size)
+
+
+def test_discrete_sampling_is_the_same_model_read_in_another_way() -> None:
+    for name in ("rtdetrv2-r18", "rtdetrv2-r34", "rtdetrv2-r50-m", "rtdetrv2-r50"):
+        plain, discrete = variant(name), variant(f"{name}-dsp")
+        assert discrete.decoder == replace(plain.decoder, sampling="discrete")
+        assert (discrete.backbone, discrete.encoder) == (plain.backbone, plain.encoder)
 
 
 def test_a_box_reaches_the_layer_before_and_no_further() -> None:

@@ -42,6 +42,10 @@ class Eval:
     """Pictures at a time."""
     size: tuple[int, int] | None = None
     """Height and width of the input. Unset: that of the weights."""
+    queries: int | None = None
+    """Another number of queries. Unset: that of the weights."""
+    top: int | None = None
+    """Detections kept of each picture. Unset: 300, or one for each query where there are more."""
     max_detections: int = 100
     """The best so many detections of a picture and class count."""
     device: str = "auto"
@@ -65,7 +69,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     file = find_weights(flags.weights)
     data = flags.data or _data_of(flags.weights)
     device = choose_device(flags.device)
-    detector, card = load_weights(file, device)
+    detector, card = load_weights(file, device, queries=flags.queries)
     dataset = open_dataset(data, flags.split, layout=flags.layout)
     for note in dataset.notes:
         print(note, file=sys.stderr)
@@ -79,6 +83,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         mean=card.mean,
         std=card.std,
         precision=flags.precision,
+        top=flags.top,
         max_detections=flags.max_detections,
         names=card.names,
         progress=_progress,

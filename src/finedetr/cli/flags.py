@@ -28,6 +28,8 @@ SPELLINGS = {
     "save": "out",
     "conf": "threshold",
     "learning-rate": "lr",
+    "num-queries": "queries",
+    "num-top-queries": "top",
     "max-dets": "max-detections",
     "format": "layout",
     "exist-ok": "overwrite",

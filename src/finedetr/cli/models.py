@@ -1,51 +1,42 @@
-"""`finedetr models`: the table of models; `finedetr models convert`: weights from and for other people's code."""
+"""`finedetr models`: the table of models (list, show); weights from and for others (pull, push, convert)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from finedetr.cli.flags import output, parse, spell
-from finedetr.errors import UsageError
+from finedetr.errors import UsageError, did_you_mean
+from finedetr.model.catalog import CATALOG, CODE_LICENSE, OBJECTS365, PRETRAINED_AP, family_of, weights_of
 
-PUBLISHED = {  # COCO val2017 AP of the papers, COCO training only (spec section 5); not reproduced here
-    "dfine-n": 42.8,
-    "dfine-s": 48.5,
-    "dfine-m": 52.3,
-    "dfine-l": 54.0,
-    "dfine-x": 55.8,
-    "deim-dfine-n": 43.0,
-    "deim-dfine-s": 49.0,
-    "deim-dfine-m": 52.7,
-    "deim-dfine-l": 54.7,
-    "deim-dfine-x": 56.5,
-    "rtdetrv2-r18": 48.1,
-    "rtdetrv2-r34": 49.9,
-    "rtdetrv2-r50-m": 51.9,
-    "rtdetrv2-r50": 53.4,
-    "rtdetrv2-r101": 54.3,
-    "rtdetrv2-hgnet-l": 52.9,
-    "rtdetrv2-hgnet-x": 54.7,
-    "rtdetrv2-hgnet-h": 56.3,
-    "deim-rtdetrv2-r18": 49.0,
-    "deim-rtdetrv2-r34": 50.9,
-    "deim-rtdetrv2-r50-m": 53.2,
-    "deim-rtdetrv2-r50": 54.3,
-    "deim-rtdetrv2-r101": 55.5,
-}
+ACTIONS = ("list", "show", "pull", "push", "convert")
 
 
 @dataclass(frozen=True)
 class Models:
-    """List the models that can be trained, with their parameters (80 classes) and the AP that the papers report.
+    """List the models that can be trained: size, cost, the AP and latency that their authors report, their weights.
 
-    `finedetr models convert` carries weights from and to other people's code.
+    `finedetr models show NAME` says all that is known of one; `finedetr models convert` carries weights from and to
+    other people's code, `finedetr models push` uploads them to the Hugging Face Hub.
     """
 
+    json: bool = False
+    """Print one JSON document."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Say all that is known of a model, and count its parameters and operations."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Of the table."""
+    size: tuple[int, int] = (640, 640)
+    """Height and width of the picture for which operations are counted."""
     json: bool = False
     """Print one JSON document."""
 
@@ -66,33 +57,195 @@ class Convert:
     """Print one JSON document."""
 
 
+@dataclass(frozen=True)
+class Pull:
+    """Fetch published weights into the cache of the Hugging Face Hub, for a machine that will have no network."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Such as dfine-s-coco or hf://owner/name@revision."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload weights with a model card to the Hugging Face Hub, from where `hf://owner/name` loads them."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A run's folder or a weight file."""
+    repository: Annotated[str, tyro.conf.Positional]
+    """owner/name; made where it is absent."""
+    license: str | None = None
+    """Of these weights, as the Hub spells it: apache-2.0, cc-by-4.0, other. Required."""
+    private: bool = False
+    """Make a private repository."""
+    dataset: str | None = None
+    """What the numbers in the card were measured on."""
+    folder: Path | None = None
+    """Write the files into this folder instead, and upload nothing."""
+    json: bool = False
+    """Print one JSON document."""
+
+
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
-    words = list(words)
-    if words[:1] == ["convert"]:
-        return _convert(parse(Convert, spell(words[1:]), "finedetr models convert"))
-    if words[:1] == ["list"]:
-        words = words[1:]
-    elif words and not words[0].startswith("-"):
-        raise UsageError(
-            f"models {words[0]!r} is no action", code="verb", hint="finedetr models lists them; there is convert, too."
-        )
-    flags = parse(Models, spell(words), "finedetr models")
-    import torch
+    action, *rest = words if words and not words[0].startswith("-") else ["list", *words]
+    match action:
+        case "list":
+            return _list(parse(Models, spell(rest), "finedetr models"))
+        case "show":
+            return _show(parse(Show, spell(rest), "finedetr models show"))
+        case "pull":
+            return _pull(parse(Pull, spell(rest), "finedetr models pull"))
+        case "push":
+            return _push(parse(Push, spell(rest), "finedetr models push"))
+        case "convert":
+            return _convert(parse(Convert, spell(rest), "finedetr models convert"))
+    raise UsageError(f"models {action!r} is no action", code="verb", hint=did_you_mean(action, ACTIONS))
 
-    from finedetr.model.detector import Detector
-    from finedetr.model.zoo import ZOO
 
-    rows = []
-    for name, config in ZOO.items():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Detector(config, 80).parameters())
-        rows.append({"name": name, "parameters": parameters, "published_ap": PUBLISHED.get(name)})
+def _list(flags: Models) -> dict[str, Any] | None:
+    rows = [_facts(name) for name in CATALOG]
     if flags.json:
         return {"result": {"models": rows}, "warnings": []}
-    output("name\tparameters\tpublished COCO AP")
+    if not sys.stdout.isatty():
+        keys = [key for key in rows[0] if key not in ("paper", "weights")]
+        output("\t".join([*keys, "weights"]))
+        for row in rows:
+            cells = ["" if row[key] is None else str(row[key]) for key in keys]
+            output("\t".join([*cells, ",".join(weights["name"] for weights in row["weights"])]))
+        return None
+    output(_table(rows))
+    return None
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """What the catalog knows of a model."""
+    entry, family = CATALOG[name], family_of(name)
+    assert family is not None
+    return {
+        "name": name,
+        "parameters": entry.parameters,
+        "gflops": entry.gflops,
+        "published_ap": entry.ap,
+        "t4_ms": entry.latency,
+        "code_license": CODE_LICENSE,
+        "weights_license": family.weights_license,
+        "weights_from": "huggingface.co" if weights_of(name) else family.elsewhere,
+        "paper": family.paper,
+        "weights": [
+            {"name": weights, "repository": place, "published_ap": _ap(name, weights)}
+            for weights, place in weights_of(name).items()
+        ],
+    }
+
+
+def _ap(name: str, weights: str) -> float | None:
+    return CATALOG[name].ap if weights == f"{name}-coco" else PRETRAINED_AP.get(weights)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """At most 100 columns: for a terminal."""
+    lines = [f"{'model':20} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6}  {'weights':11} from"]
     for row in rows:
-        output(f"{row['name']}\t{row['parameters']:,}\t{row['published_ap'] or '-'}")
+        kinds = [weights["name"].removeprefix(f"{row['name']}-") for weights in row["weights"]]
+        lines.append(
+            f"{row['name']:20} {row['parameters'] / 1e6:6.1f} M {row['gflops']:7.1f} {row['published_ap'] or '-':>5} "
+            f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} "
+            f"{'Hub: ' + ', '.join(kinds) if kinds else '.pth of the authors'}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "AP: COCO val2017, trained on COCO, and T4 latency (TensorRT, FP16, batch 1): as their authors report.",
+            "weights: their license; the code is all Apache-2.0. Load by name: finedetr predict dfine-s-coco a.jpg",
+            "More of a model: finedetr models show dfine-s",
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _show(flags: Show) -> dict[str, Any] | None:
+    import torch
+
+    from finedetr.model.cost import count_operations
+    from finedetr.model.deploy import deployed
+    from finedetr.model.detector import Detector
+    from finedetr.model.pretrained import official_file
+    from finedetr.model.zoo import variant
+
+    config = variant(flags.name)
+    with torch.device("meta"):
+        detector = Detector(config, 80)
+    facts = _facts(flags.name)
+    counted = {
+        "parameters": sum(p.numel() for p in detector.parameters()),
+        "deployed_parameters": sum(p.numel() for p in deployed(detector, everything=False).parameters()),
+        "size": list(flags.size),
+        "gflops": round(count_operations(deployed(detector), flags.size) / 1e9, 3),
+    }
+    if flags.json:
+        return {"result": {**facts, "counted": counted, "config": asdict(config)}, "warnings": []}
+    family, entry = family_of(flags.name), CATALOG[flags.name]
+    assert family is not None
+    output(f"model     {flags.name}: {family.paper}, github.com/{family.repository}")
+    output(
+        f"made of   {config.backbone.name}; strides {', '.join(map(str, config.strides))}; encoder "
+        f"{config.encoder.width} wide; {config.decoder.layers} decoder layers, {config.decoder.width} wide; "
+        f"{config.decoder.queries} queries; {config.decoder.sampling} sampling"
+    )
+    output(f"counted   {counted['parameters']:,} parameters, {counted['deployed_parameters']:,} as deployed")
+    height, width = flags.size
+    output(f"counted   {counted['gflops']:.2f} GFLOPs at {height}x{width}")
+    boxes = " (the official code computes boxes of all cells)" if config.decoder.boxes == "plain" else ""
+    output(f"reported  {entry.gflops:g} GFLOPs at 640x640{boxes}")
+    output(
+        f"reported  AP {entry.ap or '-'} on COCO val2017, {_number(entry.latency)} ms on a T4 (TensorRT, FP16, batch 1)"
+    )
+    for weights in facts["weights"]:
+        ap = f", AP {weights['published_ap']}" if weights["published_ap"] else ""
+        output(f"weights   {weights['name']}: huggingface.co/{weights['repository']}{ap}")
+    output(f"weights   official .pth: {family.elsewhere}")
+    if official_file(config.backbone.name):
+        output(f"backbone  {official_file(config.backbone.name)} (ImageNet; train --backbone-weights)")
+    output(f"license   code {CODE_LICENSE}; weights {family.weights_license}")
+    if any(not weights["name"].endswith("-coco") for weights in facts["weights"]):
+        output(f"          {OBJECTS365}")
+    return None
+
+
+def _pull(flags: Pull) -> dict[str, Any] | None:
+    from finedetr.model.hub import fetch
+
+    folder = fetch(flags.name)
+    if flags.json:
+        return {"result": {"name": flags.name, "folder": str(folder)}, "warnings": []}
+    output(str(folder))
+    return None
+
+
+def _push(flags: Push) -> dict[str, Any] | None:
+    from finedetr.model.publish import license_chain, push, write_repository
+    from finedetr.model.weights import load_weights
+    from finedetr.train.folder import find_weights
+
+    detector, card = load_weights(find_weights(flags.source))
+    chain = license_chain(card)
+    print("\n".join(chain), file=sys.stderr)
+    if not flags.license:
+        raise UsageError("models push needs --license", code="required", hint="Such as: --license apache-2.0")
+    options: dict[str, Any] = {"license": flags.license, "dataset": flags.dataset}
+    if flags.folder is not None:
+        address = str(write_repository(flags.folder, flags.repository, detector, card, **options))
+    else:
+        address = push(flags.repository, detector, card, private=flags.private, **options)
+    if flags.json:
+        return {"result": {"repository": flags.repository, "address": address}, "warnings": list(chain)}
+    output(address)
     return None
 
 

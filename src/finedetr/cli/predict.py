@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,12 @@ class Predict:
     """Detections with a lower score are left out."""
     nms: float | None = None
     """Suppress overlaps of one class above this IoU. Off: the detector needs none."""
+    size: tuple[int, int] | None = None
+    """Height and width of the input. Unset: that of the weights."""
+    queries: int | None = None
+    """Another number of queries. Unset: that of the weights."""
+    top: int | None = None
+    """Detections kept of each picture. Unset: 300, or one for each query where there are more."""
     batch: int = 8
     """Pictures at a time."""
     device: str = "auto"
@@ -53,8 +59,11 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     flags = parse(Predict, spell(words), "finedetr predict")
     device = choose_device(flags.device)
-    detector, card = load_weights(find_weights(flags.weights), device)
-    predictor = Predictor(detector, card, device, flags.batch, precision=flags.precision, workers=flags.workers)
+    detector, card = load_weights(find_weights(flags.weights), device, queries=flags.queries)
+    card = replace(card, size=flags.size or card.size)
+    predictor = Predictor(
+        detector, card, device, flags.batch, precision=flags.precision, workers=flags.workers, top=flags.top
+    )
     names = _Names()
     lines, documents = [], []
     for found in _found(predictor, flags):

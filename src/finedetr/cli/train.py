@@ -39,6 +39,8 @@ class Train:
     """Papers and variations on top of it."""
     weights: Path | None = None
     """Start from these weights (a run, a weight file or a published name); classes are carried over by name."""
+    backbone_weights: Path | None = None
+    """Start the backbone alone from its official file (PPHGNetV2_B0_stage1.pth, ResNet18_vd_..., see models show)."""
     out: Path | None = None
     """Folder of the run. Unset: runs/DATA-MODEL."""
     resume: Path | None = None
@@ -64,7 +66,7 @@ class Train:
 
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
-    words = spell(words)
+    words = [re.sub(r"^--queries$", "--model.decoder.queries", word) for word in spell(words)]
     base = _base_recipe(words)
     flags = parse(Train, _name_terms(words, base), "finedetr train", Train(settings=base))
     if flags.resume is not None:
@@ -78,6 +80,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         recipe,
         out,
         weights=find_weights(flags.weights) if flags.weights else None,
+        backbone_weights=flags.backbone_weights,
         train_split=flags.train_split,
         val_split=flags.val_split,
         layout=flags.layout,
@@ -99,7 +102,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
     assert flags.resume is not None
-    for name in ("weights", "overwrite", "model", "recipe", "with", "out", "layout"):
+    for name in ("weights", "backbone-weights", "overwrite", "model", "recipe", "with", "out", "layout"):
         if f"--{name}" in words:
             raise UsageError(
                 f"--resume and --{name} exclude each other: a resumed run keeps what it is",
@@ -133,7 +136,12 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
             f"no recipe is called {recipe[0]!r}", code="unknown_key", hint=did_you_mean(recipe[0], [*RECIPES, *PAPERS])
         )
     config = variant(model[0]) if model else card.config if card else variant(MODEL)
-    made = build(config, (recipe or ["deim"])[0], tuple(peek(words, "--with")), random_start=card is None)
+    made = build(
+        config,
+        (recipe or ["deim"])[0],
+        tuple(peek(words, "--with")),
+        random_start=card is None and not peek(words, "--backbone-weights"),
+    )
     if card is None:
         return made
     # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed

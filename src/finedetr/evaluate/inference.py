@@ -38,19 +38,19 @@ class Inference:
         precision: `fp32`, `bf16` or `fp16` (autocast), or `auto`: bf16 where a GPU computes it natively, else fp32.
         mean: Of each channel, for values in [0, 1]; None as in D-FINE and DEIM.
         std: Likewise.
-        top: How many detections of a picture are kept, at most queries times classes.
+        top: How many detections of a picture are kept, at most queries times classes; None: see `top_detections`.
     """
 
     device: torch.device | str = "cpu"
     precision: Precision = "fp32"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    top: int = 300
+    top: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise UsageError(f"precision is auto, fp32, bf16 or fp16; got {self.precision!r}", code="type")
-        if self.top < 1:
+        if self.top is not None and self.top < 1:
             raise UsageError(f"at least 1 detection of a picture is kept; got {self.top}", code="range")
 
     def autocast(self) -> AbstractContextManager[Any]:

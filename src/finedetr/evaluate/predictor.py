@@ -24,6 +24,7 @@ from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Inference, Precision, at_rest
 from finedetr.evaluate.sources import Pictures, Source, find_pictures, read_source
+from finedetr.model.classes import match_names
 
 if TYPE_CHECKING:
     from finedetr.model.weights import Card
@@ -44,6 +45,7 @@ class Predictor:
         batch: Pictures that go through the detector together.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
         workers: Threads that read and resize pictures ahead of the detector.
+        top: Detections kept of each picture; None: see `top_detections`.
 
     Attributes:
         broken: file -> message of the pictures that were passed over, over the life of the predictor.
@@ -58,13 +60,14 @@ class Predictor:
         *,
         precision: Precision = "fp32",
         workers: int = 2,
+        top: int | None = None,
     ) -> None:
         if batch < 1 or workers < 1:
             raise UsageError(f"batch and workers are at least 1; got {batch} and {workers}", code="range")
         self.detector = detector.to(device).eval()
         self.card = card
         self.batch, self.workers = batch, workers
-        self.inference = Inference(device, precision, card.mean, card.std)
+        self.inference = Inference(device, precision, card.mean, card.std, top)
         self.broken: dict[str, str] = {}
 
     @property
@@ -191,7 +194,7 @@ def evaluate_detector(
     std: tuple[float, float, float] | None = None,
     *,
     precision: Precision = "fp32",
-    top: int = 300,
+    top: int | None = None,
     max_detections: int = 100,
     names: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -213,7 +216,7 @@ def evaluate_detector(
         mean: As in the weights' card.
         std: As in the weights' card.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
-        top: Detections kept of each picture.
+        top: Detections kept of each picture; None: see `top_detections`.
         max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         names: The detector's class names. Where they are not the data set's, classes are matched by name.
         progress: Called after each batch with how many of this process's batches are done, and how many there are.
@@ -266,18 +269,21 @@ def _class_table(names: Sequence[str] | None, categories: Categories) -> NDArray
     """For each class of the detector the data set's class of that name, or -1; None where the classes are the same."""
     if names is None or tuple(names) == categories.names:
         return None
-    index = {name: i for i, name in enumerate(categories.names)}
-    table = np.array([index.get(name, -1) for name in names], dtype=np.int64)
-    known = sorted(set(names) & set(categories.names))
-    if not known:
+    matched = match_names(categories.names, names)
+    table = np.full(len(names), -1, dtype=np.int64)
+    for truth, own in enumerate(matched):
+        if own is not None:
+            table[own] = truth
+    known = np.flatnonzero(table >= 0)
+    if not len(known):
         raise DataError(
             f"the detector knows {_some(names)}; the data set has {_some(categories.names)}: no name is the same",
             code="class_names",
         )
-    if len(set(names)) < len(names) or len(index) < len(categories.names):
+    if len(set(names)) < len(names) or len(set(categories.names)) < len(categories.names):
         raise DataError("classes cannot be matched by name: a name stands twice", code="class_names")
-    foreign = [name for name in names if name not in index]
-    unknown = [name for name in categories.names if name not in set(names)]
+    foreign = [name for name, truth in zip(names, table, strict=True) if truth < 0]
+    unknown = [name for name, own in zip(categories.names, matched, strict=True) if own is None]
     log.warning(
         "data.class_names: classes are matched by name: %d in common%s%s",
         len(known),

@@ -206,14 +206,17 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., 2021; D-FINE, spec 1.4 step 2: without projections).
 
     Each head samples `points[l]` places of level l around the reference box and adds them with softmax weights over
-    all points of all levels.
+    all points of all levels. A place is read between its four cells, or (`discrete`, RT-DETRv2's "dsp", for runtimes
+    without GridSample) at one cell; its offsets then have no gradient and stay what they are.
     """
 
     reach: Tensor
 
-    def __init__(self, width: int, heads: int, points: tuple[int, ...], *, projected: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, points: tuple[int, ...], *, projected: bool = False, discrete: bool = False
+    ) -> None:
         super().__init__()
-        self.heads, self.points = heads, points
+        self.heads, self.points, self.discrete = heads, points, discrete
         self.value = nn.Linear(width, width) if projected else None
         self.out = nn.Linear(width, width) if projected else None
         total = sum(points)
@@ -222,6 +225,7 @@ class DeformableAttention(nn.Module):
         # half of the reference's size, shared among the points of a level
         self.register_buffer("reach", torch.cat([torch.full((n, 1), 0.5 / n) for n in points]), persistent=False)
         self._initialize()
+        self.sampling_offsets.requires_grad_(not discrete)
 
     def _initialize(self) -> None:
         """Points start on rays, one direction a head, at distances 1, 2, … (Deformable DETR)."""
@@ -254,7 +258,9 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
         boxes = boxes[:, :, None, None]
         places = boxes[..., :2] + offsets * self.reach * boxes[..., 2:]  # [B, N, heads, P, 2]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.discrete:
+            seen = self._sum_of_cells(places, weights, memory)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
             seen = self._sum_of_corners(places, weights, memory)
         else:
             seen = self._sum_of_samples(places, weights, memory)
@@ -271,6 +277,25 @@ class DeformableAttention(nn.Module):
             _Grid(tuple((level.shape[-2], level.shape[-1]) for level in memory), self.points),
         )
         return out.flatten(2)
+
+    def _sum_of_cells(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
+        """Discrete sampling: the cell at trunc(place · size + 1/2), or the nearest one of the border.
+
+        The official code clips both coordinates to the height, which is wrong on rectangles (spec 1.6); here x is
+        clipped to the width.
+        """
+        seen = weights.new_zeros(())
+        parts = zip(memory, places.split(self.points, dim=3), weights.split(self.points, dim=3), strict=True)
+        for level, where, weight in parts:
+            height, width = level.shape[-2:]
+            x = (where[..., 0] * width + 0.5).long().clamp(0, width - 1)
+            y = (where[..., 1] * height + 0.5).long().clamp(0, height - 1)
+            cell = (y * width + x).transpose(1, 2)  # [B, heads, N, P]
+            table = level.flatten(2).unflatten(1, (self.heads, -1)).float()  # [B, heads, D/heads, H·W]
+            index = cell.flatten(2)[:, :, None].expand(-1, -1, table.shape[2], -1)
+            samples = table.gather(3, index).unflatten(3, cell.shape[2:])
+            seen = seen + (samples * weight.transpose(1, 2)[:, :, None]).sum(dim=-1)
+        return seen.flatten(1, 2).transpose(1, 2)
 
     def _sum_of_samples(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """For accelerators and graphs: `grid_sample`, whose places go from -1 to 1, with the queries innermost."""

@@ -56,6 +56,7 @@ class DecoderConfig:
     activation: Literal["relu", "silu"] = "relu"  # DEIM: silu
     boxes: Literal["distributions", "plain"] = "distributions"  # refined as four distributions (FDR), or as numbers
     projected: bool = False  # linear layers before and behind the deformable attention
+    sampling: Literal["bilinear", "discrete"] = "bilinear"  # of the pyramid; discrete: at one cell, RT-DETRv2's "dsp"
     gateway: bool = True  # of what a query was and what it saw; otherwise a sum and a norm
     position_layers: int = 2  # of the network that makes a position of a box: 2 of twice the width, or 3
     position_limit: float | None = 10.0  # where positions are cut off
@@ -96,6 +97,8 @@ class ModelConfig:
                 f"decoder.points names {len(self.decoder.points)} levels, the pyramid has {len(self.strides)}; "
                 "give one number of points for each level"
             )
+        if self.decoder.queries < 1:
+            raise ConfigError(f"decoder.queries: at least 1 is wanted, {self.decoder.queries} came", code="range")
         answering = self.decoder.answering
         if answering is not None and not 1 <= answering <= self.decoder.layers:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")

@@ -60,7 +60,9 @@ class DecoderLayer(nn.Module):
         width, inner = config.width, config.feedforward // 2 if config.gated else config.feedforward
         self.self_attention = SelfAttention(width, config.heads)
         self.norm1 = _norm(config)
-        self.cross_attention = DeformableAttention(width, config.heads, config.points, projected=config.projected)
+        self.cross_attention = DeformableAttention(
+            width, config.heads, config.points, projected=config.projected, discrete=config.sampling == "discrete"
+        )
         self.gateway = Gateway(width, _norm(config)) if config.gateway else None
         self.norm2 = None if config.gateway else _norm(config)
         self.linear1 = nn.Linear(width, 2 * inner if config.gated else inner)

@@ -5,12 +5,13 @@ For every tensor that a model of ours has, its name over there is looked up, so 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,32 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finedetr.errors import ModelError
+from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign_names import look_up, official_names, transformers_names
+from finedetr.model.resnet import RESNETS
 from finedetr.model.zoo import ZOO
 
-__all__ = ["COCO_IDS", "COCO_NAMES", "Foreign", "is_foreign", "read_foreign"]
+__all__ = ["Foreign", "is_foreign", "read_foreign", "read_official"]
 
 WEIGHTS = "model.safetensors"
 _SCORES = ("decoder.enc_score_head.weight", "model.enc_score_head.weight")  # official, transformers
-
-COCO_NAMES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard"),
-    *("cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase"),
-    *("scissors", "teddy bear", "hair drier", "toothbrush"),
-)
-"""COCO's 80 classes in the order in which published detectors answer."""
-
-_NOT_IN_COCO = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = tuple(number for number in range(1, 91) if number not in _NOT_IN_COCO)
-"""Their category ids: 1 to 90 with ten gaps."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,8 @@ def read_foreign(path: Path) -> Foreign:
     alone or in a folder beside the `config.json` with which DEIMv2 lies on the Hub.
 
     Nothing of a file is executed. Which model it is follows from the shapes of its tensors; D-FINE and its DEIM twin
-    have the same, so the word "deim" in the file's name decides between them.
+    have the same, and so has RT-DETRv2 with discrete sampling, so the words "deim" and "dsp" in the file's name decide
+    between them.
 
     Raises:
         ModelError: Unreadable, or no model of the table fits, or tensors are left over: they are named, and so is the
@@ -80,10 +67,12 @@ def read_foreign(path: Path) -> Foreign:
     if folder is not None and "model_type" in settings:
         given, names_of = _read_transformers(folder, settings), transformers_names
     else:
-        given, names_of = _read_official(path if folder is None else folder / WEIGHTS), official_names
+        given, names_of = read_official(path if folder is None else folder / WEIGHTS), official_names
     config, state, used = _fit(given, names_of, path)
     if isinstance(settings.get("num_queries"), int):
         config = replace(config, decoder=replace(config.decoder, queries=settings["num_queries"]))
+    if settings.get("decoder_method") in ("default", "discrete"):
+        config = _sampled(config, discrete=settings["decoder_method"] == "discrete")
     names, ids = _classes(len(state["selection.score_head.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
     unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
@@ -146,8 +135,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is unreadable: {error}", code="schema") from error
 
 
-def _read_official(path: Path) -> dict[str, Tensor]:
-    """The moving average where there is one, otherwise the model (spec 2.1)."""
+def read_official(path: Path) -> dict[str, Tensor]:
+    """The tensors of an official `.pth`: the moving average where there is one, otherwise the model (spec 2.1).
+
+    Raises:
+        ModelError: It is absent, or holds more than numbers, or no table of tensors.
+    """
     if not path.is_file():
         raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a weight file.")
     if path.suffix == ".safetensors":
@@ -173,6 +166,8 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     elif count == len(COCO_NAMES):
         names = COCO_NAMES
+    elif count == len(OBJECTS365_NAMES) + 1:
+        names = ("unused", *OBJECTS365_NAMES)  # they answer with category ids, which begin with 1
     else:
         names = tuple(f"class {index}" for index in range(count))
     if count == len(COCO_NAMES) and names[0] == "person":
@@ -184,20 +179,10 @@ def _fit(
     given: Mapping[str, Tensor], names_of: Callable[[str, ModelConfig], tuple[str, ...]], path: Path
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
     """The model of the table whose every tensor is in the file with its shape."""
-    wants_deim = "deim" in str(path).lower()
-    shape = _shape(given)
-    rows = sorted(
-        _rows(),
-        key=lambda row: (
-            (row.decoder.width, row.decoder.layers) != shape,  # building one takes a while: likely ones first
-            row.name.startswith("deim-") != wants_deim,
-        ),
-    )
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
-    for config in rows:
-        with torch.device("meta"):
-            own = Detector(config, count).state_dict()
+    for config in _likely_first(given, path):
+        own = _blueprint(config, count)
         state, used, faults = {}, set(), []
         for key, tensor in own.items():
             found = [look_up(given, name) for name in names_of(key, config)]
@@ -225,6 +210,36 @@ def _fit(
         f"{'; '.join(best[2])}",
         code="mismatch",
     )
+
+
+@functools.cache
+def _blueprint(config: ModelConfig, count: int) -> dict[str, Tensor]:
+    """The tensors of a model without their numbers."""
+    with torch.device("meta"):
+        return Detector(config, count).state_dict()
+
+
+def _likely_first(given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
+    """The rows of the table, those most like the file first: building a model, even without numbers, takes a moment."""
+    shape = _shape(given)
+    resnet = any("res_layers" in key or ".embedder.embedder." in key for key in given)
+    said = str(path).lower()
+
+    def unlike(row: ModelConfig) -> tuple[bool, ...]:
+        return (
+            (row.decoder.width, row.decoder.layers) != shape or (row.backbone.name in RESNETS) != resnet,
+            row.name.startswith("deim-") != ("deim" in said),
+            row.name.endswith("-dsp") != ("dsp" in said),
+        )
+
+    return sorted(_rows(), key=unlike)
+
+
+def _sampled(config: ModelConfig, *, discrete: bool) -> ModelConfig:
+    """The same model with the other way to sample the pyramid, under that one's name."""
+    name = config.name.removesuffix("-dsp") + ("-dsp" if discrete else "")
+    sampling: Literal["bilinear", "discrete"] = "discrete" if discrete else "bilinear"
+    return replace(config, name=name, decoder=replace(config.decoder, sampling=sampling))
 
 
 def _rows() -> Iterator[ModelConfig]:

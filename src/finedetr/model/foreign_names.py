@@ -14,7 +14,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
 
-__all__ = ["look_up", "official_names", "transformers_names"]
+__all__ = ["inside_official", "look_up", "official_names", "transformers_names"]
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -86,6 +86,11 @@ _OLD_SPELLINGS: Rules = (  # what save_pretrained writes; RT-DETR's first versio
     (r"\.mlp\.layers\.1\.", ".fc2."),
     (r"\.mlp\.fc", ".fc"),
     (r"\.o_proj\.", ".out_proj."),
+)
+_RTDETR_HGNET: Rules = (  # RT-DETRv2's own HGNetv2, where padding and convolution are one sequence
+    (r"\.aggregation\.0\.", ".aggregation_squeeze_conv."),
+    (r"\.aggregation\.1\.", ".aggregation_excitation_conv."),
+    (r"stem\.(stem2[ab])\.conv\.", r"stem.\1.conv.1."),
 )
 _RESNET_TO_OFFICIAL: Rules = (
     (r"^backbone\.stem\.0\.", "backbone.conv1.conv1_1."),
@@ -189,15 +194,19 @@ def _backbone_rules(name: str) -> Rules:
         return _RESNET_TO_OFFICIAL
     if name not in VITS:
         return _HGNET_TO_OFFICIAL
-    vit = VITS[name]
-    inside = "backbone.dinov3." if vit.dinov3 else "backbone.dinov3._model."
-    return _VIT_TO_OFFICIAL + (_GATED_VIT_TO_OFFICIAL if vit.gated else ()) + ((r"^backbone\.vit\.", inside),)
+    gated = _GATED_VIT_TO_OFFICIAL if VITS[name].gated else ()
+    return _VIT_TO_OFFICIAL + gated + ((r"^backbone\.vit\.", inside_official(name)),)
+
+
+def inside_official(vit: str) -> str:
+    """What the names of a vision transformer's tensors begin with in DEIMv2's files."""
+    return "backbone.dinov3." if VITS[vit].dinov3 else "backbone.dinov3._model."
 
 
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
-    """A tensor of a file, by its new or its old spelling; `name@qk` and `name@v` are parts of a joint projection."""
+    """A tensor of a file, by any of its spellings; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
-    for spelling in (name, _rename(name, _OLD_SPELLINGS)):
+    for spelling in (name, _rename(name, _OLD_SPELLINGS), _rename(name, _RTDETR_HGNET)):
         if spelling in given:
             tensor = given[spelling]
             if part:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from finedetr.errors import ModelError, did_you_mean
 
-__all__ = ["PUBLISHED", "fetch", "is_name"]
+__all__ = ["OURS", "PUBLISHED", "fetch", "is_name"]
 
+OURS = "finedetr.safetensors"
+"""The file that FineDETR puts into a repository: weights and their card."""
 FILES = ("config.json", "model.safetensors")
+"""What is read of other people's repositories."""
 
 PUBLISHED: dict[str, str] = {  # spec 2.1; D-FINE by its authors' community, RT-DETRv2 by theirs, both Apache-2.0
     "dfine-n-coco": "ustc-community/dfine-nano-coco",
@@ -30,6 +33,14 @@ PUBLISHED: dict[str, str] = {  # spec 2.1; D-FINE by its authors' community, RT-
     "rtdetrv2-r50-m-coco": "PekingU/rtdetr_v2_r50vd_m",
     "rtdetrv2-r50-coco": "PekingU/rtdetr_v2_r50vd",
     "rtdetrv2-r101-coco": "PekingU/rtdetr_v2_r101vd",
+    "deimv2-atto-coco": "Intellindust/DEIMv2_HGNetv2_ATTO_COCO",
+    "deimv2-femto-coco": "Intellindust/DEIMv2_HGNetv2_FEMTO_COCO",
+    "deimv2-pico-coco": "Intellindust/DEIMv2_HGNetv2_PICO_COCO",
+    "deimv2-n-coco": "Intellindust/DEIMv2_HGNetv2_N_COCO",
+    "deimv2-s-coco": "Intellindust/DEIMv2_DINOv3_S_COCO",
+    "deimv2-m-coco": "Intellindust/DEIMv2_DINOv3_M_COCO",
+    "deimv2-l-coco": "Intellindust/DEIMv2_DINOv3_L_COCO",
+    "deimv2-x-coco": "Intellindust/DEIMv2_DINOv3_X_COCO",
 }
 
 
@@ -65,6 +76,9 @@ def fetch(target: str) -> Path:
             hint="pip install huggingface_hub",
         ) from error
     try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=["config.json", OURS]))
+        if (folder / OURS).is_file():
+            return folder
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # no network, no such repository, no permission: the library has a class for each
         reason = re.split(r"\. |\n", str(error).strip())[0]

@@ -18,7 +18,7 @@ from finedetr.model.foreign_names import transformers_names
 from finedetr.model.hgnet import HGNETS
 from finedetr.model.resnet import RESNETS
 
-__all__ = ["to_transformers", "transformers_config", "write_transformers"]
+__all__ = ["has_twin", "to_transformers", "transformers_config", "write_transformers"]
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -33,15 +33,22 @@ def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[st
     return theirs
 
 
+def has_twin(config: ModelConfig) -> bool:
+    """Whether transformers has such a model: DEIM's SiLU heads are wired as ReLU there, RT-DETRv2 has ResNets only."""
+    resnet = config.backbone.name in RESNETS
+    plain = config.decoder.boxes == "plain"
+    return config.decoder.activation == "relu" and config.decoder.position_layers == 2 and resnet == plain
+
+
 def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
     """What transformers calls a configuration (`config.json`) of one of our models.
 
     Raises:
-        ModelError: It has no such model: DEIM's SiLU heads are wired as ReLU there, and RT-DETRv2 has ResNets only.
+        ModelError: It has no such model.
     """
     encoder, decoder = config.encoder, config.decoder
     resnet = config.backbone.name in RESNETS
-    if decoder.activation != "relu" or decoder.position_layers != 2 or resnet != (decoder.boxes == "plain"):
+    if not has_twin(config):
         raise ModelError(
             f"transformers has no model like {config.name!r}",
             code="unsupported",
@@ -75,6 +82,7 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
             "architectures": ["RTDetrV2ForObjectDetection"],
             "backbone_config": _resnet(config.backbone),
             "decoder_n_points": decoder.points[0],
+            "decoder_method": "discrete" if decoder.sampling == "discrete" else "default",
         }
     return {
         **common,

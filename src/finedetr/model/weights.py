@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finedetr._version import __version__
 from finedetr.errors import ModelError, did_you_mean
+from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import is_foreign, read_foreign
@@ -175,8 +176,15 @@ def _card(metadata: dict[str, str], path: Path) -> Card:
     return Card.from_json(metadata["finedetr"], str(path))
 
 
-def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, Card]:
+def load_weights(
+    path: str | Path, device: torch.device | str = "cpu", *, queries: int | None = None
+) -> tuple[Detector, Card]:
     """A detector in eval mode with its weights, and its card.
+
+    Args:
+        path: A file of ours or of somebody else's.
+        device: Where it shall be.
+        queries: Another number of queries than it was trained with: no tensor depends on it.
 
     Raises:
         ModelError: The file is absent, unreadable, carries no card, or does not fit its own card; every missing,
@@ -184,6 +192,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     """
     path = Path(path)
     card, state = _read(path)
+    if queries is not None:
+        card = replace(card, config=replace(card.config, decoder=replace(card.config.decoder, queries=queries)))
     detector = Detector(card.config, len(card.names))
     own = detector.state_dict()
     faults = [f"missing {name}" for name in own if name not in state]
@@ -208,23 +218,30 @@ class Transfer:
     """What became of each tensor and each class when weights were carried over to another set of classes."""
 
     kept: tuple[str, ...]  # class names whose rows were carried over
+    origins: tuple[str, ...]  # what the weights call each of them
     new: tuple[str, ...]  # class names that start at the focal prior
     dropped: tuple[str, ...]  # class names of the weights that nobody asked for
     skipped: tuple[str, ...]  # tensors that do not fit, with the reason
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, class name or tensor) for a table."""
-        return [(kind, name) for kind in ("kept", "new", "dropped", "skipped") for name in getattr(self, kind)]
+        """(what, class name or tensor) for a table; of what is dropped, the first ten in one row."""
+        kept = [name if name == old else f"{name} <- {old}" for name, old in zip(self.kept, self.origins, strict=True)]
+        rows = [("kept", name) for name in kept] + [("new", name) for name in self.new]
+        if self.dropped:
+            more = f" and {len(self.dropped) - 10} more" if len(self.dropped) > 10 else ""
+            rows.append(("dropped", ", ".join(self.dropped[:10]) + more))
+        return rows + [("skipped", reason) for reason in self.skipped]
 
 
 def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Path) -> Transfer:
-    """Starts a detector from the weights of another one; class heads are mapped by class name.
+    """Starts a detector from the weights of another one; class heads are mapped by class name (`match_names`).
 
     Rows of classes that the weights do not know start at the focal prior (bias -4.595, small random weights), so that
     nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights.
+        detector: Changed in place; its model must be the one of the weights, but for the number of queries, how the
+            pyramid is sampled, and what is frozen.
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -232,19 +249,16 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         ModelError: The weights belong to another model, or hardly anything fits.
     """
     card, state = _read(Path(path))
-    if card.config != detector.config:
-        raise ModelError(
-            f"{path} holds a {card.config.name!r}, the run trains a {detector.config.name!r}",
-            code="mismatch",
-            hint=f"Use --model {card.config.name}, or other weights.",
-        )
-    source = {name: index for index, name in enumerate(card.names)}
-    here = [index for index, name in enumerate(names) if name in source]
-    there = [source[names[index]] for index in here]
+    _check_same_model(card.config, detector.config, path)
+    source = dict(enumerate(match_names(names, card.names)))
+    here = [index for index, row in source.items() if row is not None]
+    there = [row for row in source.values() if row is not None]
     skipped = []
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
             given = state.get(key)
+            if given is None and key.endswith("num_batches_tracked"):
+                continue  # a frozen norm has no such count
             if given is None:
                 skipped.append(f"{key}: not in the file")
             elif _is_class_row(key):
@@ -257,12 +271,38 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
                 skipped.append(f"{key}: {tuple(given.shape)} does not fit {tuple(tensor.shape)}")
             else:
                 tensor.copy_(given)
-    wanted = set(names)
     return Transfer(
         tuple(names[index] for index in here),
-        tuple(name for name in names if name not in source),
-        tuple(name for name in card.names if name not in wanted),
+        tuple(card.names[row] for row in there),
+        tuple(names[index] for index, row in source.items() if row is None),
+        tuple(name for row, name in enumerate(card.names) if row not in there),
         tuple(skipped),
+    )
+
+
+def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
+    """Weights may start a model that differs in what no tensor depends on: queries, sampling, what is frozen."""
+
+    def essence(config: ModelConfig) -> ModelConfig:
+        return replace(
+            config,
+            name="",
+            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
+            decoder=replace(config.decoder, queries=300, sampling="bilinear"),
+        )
+
+    if essence(given) == essence(wanted):
+        return
+    differing = [
+        f"{part}.{field.name} {mine} -> {theirs}"
+        for part in ("backbone", "encoder", "decoder")
+        for field in fields(getattr(given, part))
+        if (mine := getattr(getattr(given, part), field.name)) != (theirs := getattr(getattr(wanted, part), field.name))
+    ]
+    raise ModelError(
+        f"{path} holds a {given.name!r}, the run trains a {wanted.name!r}: {', '.join(differing[:5])}",
+        code="mismatch",
+        hint=f"Use --model {given.name}, or other weights.",
     )
 
 

@@ -148,6 +148,12 @@ _R50M = replace(_rtdetrv2("r50-m", "R50", expansion=0.5), decoder=replace(_PLAIN
 _DEIM_R50M = replace(_R50M, decoder=replace(_PLAIN, layers=3))  # DEIM's has three layers from the start
 
 
+_DSP = tuple(  # discrete sampling (spec 1.6, `_dsp`), fine-tuned from the model's own weights
+    replace(config, name=f"{config.name}-dsp", decoder=replace(config.decoder, sampling="discrete"))
+    for config in (*_RTDETRV2[:3], _R50M)
+)
+
+
 def _deim(config: ModelConfig) -> ModelConfig:
     """DEIM's variant (spec 1.5): SiLU in the decoder and its heads, nothing of the backbone frozen.
 
@@ -166,7 +172,9 @@ _DEIM = tuple(
     _deim(config) for config in (*_DFINE, *(c for c in _RTDETRV2 if c.backbone.name.startswith("R")), _DEIM_R50M)
 )
 
-ZOO: dict[str, ModelConfig] = {config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DEIM, *_DEIMV2)}
+ZOO: dict[str, ModelConfig] = {
+    config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DSP, *_DEIM, *_DEIMV2)
+}
 
 
 def variant(name: str) -> ModelConfig:

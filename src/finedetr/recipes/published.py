@@ -61,6 +61,11 @@ RTDETRV2: dict[str, Published] = {
     "hgnet-l": Published(1e-4, 5e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
     "hgnet-x": Published(1e-4, 1e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
     "hgnet-h": Published(1e-4, 5e-6, 16, 1e-4, 72, 71, groups=_RTDETR),
+    # from the weights of the model with bilinear sampling
+    "r18-dsp": Published(1e-4, 1e-4, 16, 1e-4, 36, 33, repeat=None, groups=_RTDETR),
+    "r34-dsp": Published(1e-4, 5e-5, 16, 1e-4, 12, 10, groups=Grouping()),
+    "r50-m-dsp": Published(1e-4, 1e-5, 16, 1e-4, 36, 33, groups=_RTDETR),
+    "r50-dsp": Published(1e-4, 1e-5, 16, 1e-4, 12, 10, groups=_RTDETR),
 }
 
 DEIM_RTDETRV2: dict[str, Published] = {  # spec 4.3
@@ -127,4 +132,6 @@ def row(table: dict[str, Published], model: str) -> Published:
     family, _, size = model.removeprefix("deim-").partition("-")
     if family == "dfine" and "s" in table and size not in table:
         raise ConfigError(f"no published recipe for {model!r}", hint=did_you_mean(size, table))
+    if size not in table:
+        size = size.removesuffix("-dsp")
     return table[size] if size in table else table["s" if "s" in table else "r50"]

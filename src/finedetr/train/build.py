@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finedetr.errors import ModelError, UsageError
 from finedetr.model.detector import Detector
-from finedetr.model.weights import Transfer, transfer_weights
+from finedetr.model.pretrained import load_backbone
+from finedetr.model.weights import transfer_weights
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
@@ -19,7 +21,29 @@ from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision, Updater
 
-__all__ = ["Student", "build_student"]
+__all__ = ["Start", "Student", "build_student"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with instead of random numbers."""
+
+    weights: Path | None = None  # of a whole detector; class rows are mapped by name
+    backbone: Path | None = None  # of a backbone alone
+
+    def __post_init__(self) -> None:
+        if self.weights and self.backbone:
+            raise UsageError(
+                "a run starts from the weights of a detector or from those of a backbone, not from both",
+                code="conflict",
+                hint="--weights has a backbone of its own: leave --backbone-weights out.",
+            )
+        if self.backbone and not self.backbone.is_file():
+            raise ModelError(
+                f"no weights at {self.backbone}",
+                code="not_found",
+                hint="`finedetr models show NAME` says where the file of a model's backbone is.",
+            )
 
 
 @dataclass(frozen=True)
@@ -32,7 +56,7 @@ class Student:
     optimizer: torch.optim.Optimizer
     updater: Updater
     frozen: tuple[nn.Module, ...]  # modules whose norms keep their statistics
-    transfer: Transfer | None  # what became of the weights that were given
+    origins: tuple[tuple[str, str], ...]  # (what, which): what became of the weights that were given
 
     def train(self) -> None:
         """Training mode, but for the norms of what is frozen."""
@@ -41,7 +65,7 @@ class Student:
             module.eval()
 
 
-def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: World, weights: Path | None) -> Student:
+def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: World, start: Start) -> Student:
     """Everything for a run, from random weights of the recipe's seed or from given ones.
 
     Args:
@@ -49,12 +73,16 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
         plan: Its lengths.
         names: The class names, in order.
         world: This process and its device.
-        weights: A safetensors file of finedetr to start from; class rows are mapped by name.
+        start: What it begins with.
     """
     random.seed(recipe.seed)  # nothing here draws from it; a callback or a library may
     torch.manual_seed(recipe.seed)
     detector = Detector(recipe.model, len(names))
-    transfer = transfer_weights(detector, names, weights) if weights else None
+    origins: list[tuple[str, str]] = []
+    if start.weights:
+        origins = transfer_weights(detector, names, start.weights).rows()
+    if start.backbone:
+        origins = load_backbone(detector, start.backbone)
     frozen = _freeze(detector, recipe)
     detector.to(world.device)
     if recipe.channels_last:
@@ -76,7 +104,7 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
     updater = Updater(
         wrapped, optimizer, average, Precision.choose(recipe.precision, world.device), world, options.clip
     )
-    return Student(detector, wrapped, average, optimizer, updater, frozen, transfer)
+    return Student(detector, wrapped, average, optimizer, updater, frozen, tuple(origins))
 
 
 def _freeze(detector: Detector, recipe: Recipe) -> tuple[nn.Module, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from finedetr.errors import ModelError, UsageError
 from finedetr.model.foreign import is_foreign
-from finedetr.model.hub import fetch, is_name
+from finedetr.model.hub import OURS, fetch, is_name
 from finedetr.train.checkpoint import write_atomically
 
 __all__ = ["RunFolder", "find_weights"]
@@ -193,7 +193,7 @@ class RunFolder:
 
 
 def find_weights(target: str | Path) -> Path:
-    """The weight file that a path means: a file, the best weights of a run's folder, or a folder of transformers.
+    """The weights that a path means: a file, the best of a run's folder, or a folder with the layout of the Hub.
 
     A name of `finedetr.model.hub`, where no such path exists, is fetched.
 
@@ -205,13 +205,15 @@ def find_weights(target: str | Path) -> Path:
         return path
     name = re.sub(r"^hf:/(?=[^/])", "hf://", str(target))  # a Path has dropped one slash
     if not path.exists() and is_name(name):
-        return fetch(name)
+        path = fetch(name)
     if not path.is_dir():
         raise ModelError(
             f"no weights at {path}",
             code="not_found",
             hint="Give a run's folder, a weight file, or a name such as dfine-s-coco.",
         )
+    if (path / OURS).is_file():
+        return path / OURS
     if is_foreign(path):
         return path
     folder = RunFolder(path)

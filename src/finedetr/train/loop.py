@@ -18,7 +18,7 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.records import Batch
-from finedetr.train.build import build_student
+from finedetr.train.build import Start, build_student
 from finedetr.train.checkpoint import link_state, load_state, save_state
 from finedetr.train.distributed import World
 from finedetr.train.folder import RunFolder
@@ -66,7 +66,7 @@ class Run:
         folder: Where everything goes.
         world: This process among the others.
         reporter: Who says what happens.
-        weights: Start from these instead of random numbers.
+        start: What it begins with instead of random numbers.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Run:
         folder: RunFolder,
         world: World,
         reporter: Reporter,
-        weights: Path | None = None,
+        start: Start | None = None,
     ) -> None:
         self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
         self.watch = Stopwatch()
@@ -88,7 +88,7 @@ class Run:
         self.plan = Plan(recipe, recipe.epochs, 1)
         self._plan_for(recipe.epochs)
         self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
-        self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights)
+        self.student = build_student(recipe, self.plan, data.train.categories.names, world, start or Start())
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
 
     def _plan_for(self, epochs: int) -> None:

@@ -13,6 +13,7 @@ from finedetr.data.doctor import Report, check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
+from finedetr.train.build import Start
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder
@@ -36,12 +37,21 @@ class Request:
     recipe: Recipe
     out: Path
     weights: Path | None = None
+    backbone_weights: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
     layout: str | None = None
     device: str = "auto"
     overwrite: bool = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.start  # what cannot be is refused before anything is read or written
+
+    @property
+    def start(self) -> Start:
+        """What the run begins with."""
+        return Start(self.weights, self.backbone_weights)
 
 
 def open_data(path: Path, train: str = "train", val: str = "val", layout: str | None = None) -> Data:
@@ -98,10 +108,9 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
                 tell(reporter)
-            run = Run(recipe, data, folder, world, reporter, request.weights)
-            if run.student.transfer is not None:
-                for what, name in run.student.transfer.rows():
-                    reporter.line(f"weights: {what:8} {name}")
+            run = Run(recipe, data, folder, world, reporter, request.start)
+            for what, which in run.student.origins:
+                reporter.line(f"weights: {what:8} {which}")
             return _through(run, reporter)
 
 
@@ -257,6 +266,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
             "pictures": len(data.train),
         },
         "weights": str(request.weights) if request.weights else None,
+        "backbone_weights": str(request.backbone_weights) if request.backbone_weights else None,
         "derived": sorted(k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v),
         "recipe": to_dict(recipe),
     }

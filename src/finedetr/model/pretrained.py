@@ -1,0 +1,86 @@
+"""Official files of a backbone alone (HGNetv2, ResNet-vd, ViT): into the backbone of a new detector."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from finedetr.errors import ModelError
+from finedetr.model.detector import Detector
+from finedetr.model.foreign import read_official
+from finedetr.model.foreign_names import inside_official, look_up, official_names
+from finedetr.model.hgnet import HGNETS
+from finedetr.model.vit import AdaptedViT
+
+__all__ = ["load_backbone", "official_file"]
+
+_CONSTANT = ("num_batches_tracked", "bias_mask")
+_STORAGE = "github.com/{}/storage/releases/download/{}/"
+_RESNETS = {
+    "R18": "ResNet18_vd_pretrained_from_paddle.pth",
+    "R34": "ResNet34_vd_pretrained_from_paddle.pth",
+    "R50": "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
+    "R101": "ResNet101_vd_ssld_pretrained_from_paddle.pth",
+}
+
+
+def official_file(backbone: str) -> str:
+    """Where the authors keep the weights of a backbone (spec 1.1, 1.2); empty where they keep none."""
+    if re.fullmatch(r"B\d", backbone) and backbone in HGNETS:
+        return _STORAGE.format("Peterande", "dfinev1.0") + f"PPHGNetV2_{backbone}_stage1.pth"
+    return _STORAGE.format("lyuwenyu", "v0.1") + _RESNETS[backbone] if backbone in _RESNETS else ""
+
+
+def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]:
+    """Starts the backbone of a detector from an official file that holds nothing else; it is changed in place.
+
+    Returns:
+        (what, which) for a table: how many tensors, and those of stages that the detector does not have.
+
+    Raises:
+        ModelError: Unreadable, or a tensor is missing, left over or of another shape; they are named.
+    """
+    path, config = Path(path), detector.config
+    name, backbone = config.backbone.name, detector.backbone
+    if isinstance(backbone, AdaptedViT):  # the adapter is no part of such a file
+        part, own, prefix, stages = backbone.pretrained, "backbone.vit.", inside_official(name), 0
+    else:
+        part, own, prefix, stages = backbone, "backbone.", "backbone.", len(backbone.stages)
+    given = {prefix + key: tensor for key, tensor in read_official(path).items()}
+    used, faults, state = set(), [], {}
+    for key, tensor in part.state_dict().items():
+        names = official_names(own + key, config)
+        found = [each for each in (look_up(given, theirs) for theirs in names) if each is not None]
+        if len(found) < len(names):
+            if not key.endswith("num_batches_tracked"):
+                faults.append(f"missing {names[0].removeprefix(prefix)}")
+            continue
+        used |= {theirs for theirs, _ in found}
+        state[key] = torch.cat([value for _, value in found]) if len(found) > 1 else found[0][1]
+        if state[key].shape != tensor.shape:
+            faults.append(
+                f"{names[0].removeprefix(prefix)} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
+            )
+    rest = [key.removeprefix(prefix) for key in given if key not in used and not key.endswith(_CONSTANT)]
+    beyond = [key for key in rest if _stage(key) >= stages]
+    faults += [f"left over {key}" for key in rest if key not in beyond]
+    if faults:
+        official = official_file(name)
+        raise ModelError(
+            f"{path} does not fit the backbone {name} of {detector.config.name}: {'; '.join(faults[:5])}"
+            + (f" and {len(faults) - 5} more" if len(faults) > 5 else ""),
+            code="mismatch",
+            hint=f"The official file is {official}" if official else "",
+        )
+    with torch.no_grad():
+        part.load_state_dict(state, strict=False)  # counts of batches may be absent, nothing else
+    rows = [("backbone", f"{len(state)} tensors of {path.name}")]
+    return rows + ([("dropped", f"{len(beyond)} tensors of stages that {name} has not here")] if beyond else [])
+
+
+def _stage(key: str) -> int:
+    """Which stage a tensor belongs to; -1: none."""
+    found = re.match(r"(?:stages|res_layers)\.(\d+)\.", key)
+    return int(found[1]) if found else -1

@@ -1,0 +1,96 @@
+"""Backbone files: the official names, into a new detector; what does not fit is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finedetr.errors import ModelError
+from finedetr.model.detector import Detector
+from finedetr.model.pretrained import load_backbone, official_file
+from finedetr.model.zoo import ZOO, variant
+from tests.model.oracle import randomize
+from tests.model.test_foreign import official
+
+
+def file_of(detector: Detector, path: Path) -> dict[str, Tensor]:
+    """The backbone as its official file holds it: flat, without a prefix."""
+    state = {key.removeprefix("backbone."): v for key, v in official(detector).items() if key.startswith("backbone.")}
+    torch.save(state, path)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dfine-n", "stages.2.blocks.1.layers.0.conv2.lab.scale"),
+        ("dfine-l", "stem.stem2a.bn.running_var"),
+        ("rtdetrv2-r18", "res_layers.1.blocks.0.short.conv.norm.weight"),
+        ("rtdetrv2-r50", "conv1.conv1_1.conv.weight"),
+    ],
+)
+def test_an_official_file_fills_the_backbone_and_nothing_else(tmp_path: Path, name: str, key: str) -> None:
+    torch.manual_seed(0)
+    source, target = Detector(variant(name), 3), Detector(variant(name), 3)
+    randomize(source)
+    path = tmp_path / Path(official_file(source.config.backbone.name)).name
+    assert key in file_of(source, path)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    ((what, which),) = load_backbone(target, path)
+    assert what == "backbone"
+    assert path.name in which
+    theirs = source.state_dict()
+    for k, v in target.state_dict().items():
+        if not k.endswith("num_batches_tracked"):
+            assert torch.equal(v, (theirs if k.startswith("backbone.") else before)[k]), k
+
+
+def test_stages_that_a_detector_does_not_have_are_said_to_be_dropped(tmp_path: Path) -> None:
+    source = Detector(variant("dfine-n"), 3)
+    file_of(source, tmp_path / "b0.pth")
+    config = variant("dfine-s")
+    config = replace(
+        config,
+        backbone=replace(config.backbone, stages=(1, 2)),
+        decoder=replace(config.decoder, points=(3, 3)),
+    )
+    rows = load_backbone(Detector(config, 3), tmp_path / "b0.pth")
+    assert [what for what, _ in rows] == ["backbone", "dropped"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem.stem1.conv.weight": None}, r"missing stem\.stem1\.conv\.weight"),
+        ({"fc.weight": torch.zeros(3)}, r"left over fc\.weight"),
+        ({"stem.stem4.bn.bias": torch.zeros(3)}, r"stem\.stem4\.bn\.bias is \(3,\), expected \(16,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_changed(
+    tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    source, target = Detector(variant("dfine-n"), 3), Detector(variant("dfine-n"), 3)
+    state = {**file_of(source, tmp_path / "a.pth"), **change}
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "a.pth")
+    before = target.backbone.stem.stem1.conv.weight.clone()  # type: ignore[union-attr, operator]
+    with pytest.raises(ModelError, match=message) as error:
+        load_backbone(target, tmp_path / "a.pth")
+    assert "PPHGNetV2_B0_stage1.pth" in str(error.value)
+    assert torch.equal(target.backbone.stem.stem1.conv.weight, before)  # type: ignore[union-attr, arg-type]
+
+
+def test_the_file_of_another_backbone_is_refused_and_the_right_one_named(tmp_path: Path) -> None:
+    file_of(Detector(variant("rtdetrv2-r18"), 3), tmp_path / "r18.pth")
+    with pytest.raises(ModelError, match=r"(?s)does not fit the backbone B0 of dfine-n.*PPHGNetV2_B0_stage1\.pth"):
+        load_backbone(Detector(variant("dfine-n"), 3), tmp_path / "r18.pth")
+
+
+def test_every_model_of_hgnet_and_resnet_has_an_official_file() -> None:
+    for config in ZOO.values():
+        if config.backbone.name[0] in "BR":
+            assert official_file(config.backbone.name).endswith(".pth")
+    assert official_file("mine") == ""
