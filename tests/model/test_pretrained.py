@@ -49,6 +49,20 @@ def test_an_official_file_fills_the_backbone_and_nothing_else(tmp_path: Path, na
             assert torch.equal(v, (theirs if k.startswith("backbone.") else before)[k]), k
 
 
+@pytest.mark.parametrize("name", ["deimv2-s", "deimv2-x"])
+def test_a_file_of_a_vision_transformer_leaves_the_adapter_alone(tmp_path: Path, name: str) -> None:
+    source, target = Detector(variant(name), 3), Detector(variant(name), 3)
+    inside = "backbone.dinov3._model." if name == "deimv2-s" else "backbone.dinov3."
+    state = {key.removeprefix(inside): v for key, v in official(source).items() if key.startswith(inside)}
+    torch.save(state, tmp_path / "vit.pth")
+    assert "blocks.0.attn.qkv.weight" in state
+    adapter = target.backbone.joins[0].conv.weight.clone()
+    load_backbone(target, tmp_path / "vit.pth")
+    theirs = source.backbone.vit.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in target.backbone.vit.state_dict().items())
+    assert torch.equal(target.backbone.joins[0].conv.weight, adapter)
+
+
 def test_stages_that_a_detector_does_not_have_are_said_to_be_dropped(tmp_path: Path) -> None:
     source = Detector(variant("dfine-n"), 3)
     file_of(source, tmp_path / "b0.pth")

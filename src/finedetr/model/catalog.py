@@ -66,9 +66,7 @@ CATALOG: dict[str, Entry] = {
     "deimv2-femto": Entry(983_945, 1.673, 31.0, 1.45),
     "deimv2-pico": Entry(1_539_539, 5.148, 38.5, 2.13),
     "deimv2-n": Entry(3_600_421, 7.017, 43.0, 2.32),
-    "deimv2-s": Entry(
-        9_779_838, 49.5, 50.9, 5.78
-    ),  # with the attention of its transformer, which its authors leave out
+    "deimv2-s": Entry(9_779_838, 49.5, 50.9, 5.78),  # with its transformer's attention, as authors do not count
     "deimv2-m": Entry(18_357_750, 84.1, 53.0, 8.80),
     "deimv2-l": Entry(32_551_214, 144.5, 56.0, 10.47),
     "deimv2-x": Entry(51_211_736, 199.6, 57.8, 13.75),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
@@ -44,6 +45,7 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
     """
     path, config = Path(path), detector.config
     name, backbone = config.backbone.name, detector.backbone
+    part: nn.Module
     if isinstance(backbone, AdaptedViT):  # the adapter is no part of such a file
         part, own, prefix, stages = backbone.pretrained, "backbone.vit.", inside_official(name), 0
     else:
