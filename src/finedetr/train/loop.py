@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finedetr.data.dataset import Dataset
 from finedetr.data.device import OnDevice
 from finedetr.data.loader import TrainingLoader
-from finedetr.errors import UsageError
+from finedetr.errors import DivergedError, UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
-from finedetr.records import Batch
+from finedetr.records import Batch, Targets
 from finedetr.train.build import build_student
 from finedetr.train.checkpoint import link_state, load_state, save_state
 from finedetr.train.distributed import World
+from finedetr.train.dump import Dump, sources_of
 from finedetr.train.folder import RunFolder
 from finedetr.train.interrupt import Interruption
 from finedetr.train.keep import Keeper
@@ -29,7 +30,7 @@ from finedetr.train.plan import Plan, epochs_in_time, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Source, StepReport, generator_for
+from finedetr.train.step import Source, StepReport
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -181,7 +182,7 @@ class Run:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM came; everything is saved.
-            DivergedError: A loss or gradient is not finite; names the term, the stage and the pictures.
+            DivergedError: Losses or gradients were not finite too often; names the term, the stage and the pictures.
         """
         p = self.progress
         interruption = Interruption()
@@ -217,22 +218,61 @@ class Run:
             images, targets = self.on_device(batch, epoch=p.epoch, step=p.step)
             if p.step == 0 and self.world.main:
                 self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
-            report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
-            p.step += 1
-            p.total += 1
-            p.seconds += self.watch.lap("step")
-            self._tell(report, rate, batch)
+            try:
+                report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
+            except DivergedError as error:
+                self._skip(error, images, targets, batch.names)
+            else:
+                self._count()
+                p.skipped_in_a_row = 0
+                self._tell(report, rate, batch)
             if self._wants_to_leave(interruption):
                 return
 
     def _sources(self) -> tuple[Source, ...]:
         """Where query groups come from in this step."""
-        p, recipe = self.progress, self.recipe
-        generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
-        if not recipe.denoise:
-            return ()
-        classes = len(self.data.train.categories)
-        return (partial(recipe.denoising, classes=classes, generator=generator),)
+        p, classes = self.progress, len(self.data.train.categories)
+        return sources_of(
+            self.recipe, classes, epoch=p.epoch, step=p.step, rank=self.world.rank, device=self.world.device
+        )
+
+    def _count(self) -> None:
+        self.progress.step += 1
+        self.progress.total += 1
+        self.progress.seconds += self.watch.lap("step")
+
+    def _skip(self, error: DivergedError, images: Tensor, targets: Targets, pictures: tuple[str, ...]) -> None:
+        """Passes over a step that would spoil the weights. The first batch in a row is kept: later ones may be fine.
+
+        Raises:
+            DivergedError: There were too many in a row.
+        """
+        p, path = self.progress, self.folder.bad_batch(self.world.rank)
+        place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank, "total": p.total}
+        dump = Dump(
+            self.recipe,
+            self.data.train.categories.names,
+            place,
+            images,
+            targets,
+            pictures,
+            error.message,
+            error.losses,
+            self.student.detector.state_dict(),
+        )
+        self._count()
+        p.skipped += 1
+        p.skipped_in_a_row += 1
+        if p.skipped_in_a_row == 1:
+            dump.save(path)
+        if self.world.main:
+            self.keeper.skipped(p, dump, path)
+        if p.skipped_in_a_row >= min(self.recipe.diverged_after, self.plan.total):
+            raise DivergedError(
+                f"{p.skipped_in_a_row} steps in a row were not finite, the last: {error.message}",
+                hint=f"{error.hint}\n  The first batch is kept; look at it with: finedetr info {path}".lstrip(),
+                losses=error.losses,
+            ) from error
 
     def _wants_to_leave(self, interruption: Interruption) -> bool:
         """Saves when it is time to; says whether the epoch has to be left before its end. The same on all processes."""

@@ -213,6 +213,8 @@ class Recipe:
     saving: Saving = field(default_factory=Saving)
     patience: int = 0
     """Stop after so many evaluations without a better AP; 0 is off."""
+    diverged_after: int = 10
+    """A step whose loss or gradient is not finite is passed over; so many in a row end the run."""
     max_time: float = 0.0
     """Seconds that the run may take; the schedule is shortened to end in time. 0 is off."""
     workers: int | None = None
@@ -241,6 +243,7 @@ class Recipe:
             ("epochs", 1),
             ("accumulate", 1),
             ("patience", 0),
+            ("diverged_after", 1),
             ("max_time", 0),
             ("seed", 0),
             ("log_every", 1),

@@ -33,6 +33,8 @@ class Progress:
     evaluating: float = 0.0  # seconds of the last evaluation
     restarts: int = 0
     since_restart: float = -1.0  # the best AP since then; -1: none yet
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # ... that came right before this moment
     finished: bool = False
 
     @property
