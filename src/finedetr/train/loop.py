@@ -18,6 +18,7 @@ from finedetr.errors import DivergedError, UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.records import Batch, Targets
+from finedetr.supervise.objective import Objective
 from finedetr.train.build import build_student
 from finedetr.train.checkpoint import link_state, load_state, save_state
 from finedetr.train.distributed import World
@@ -26,11 +27,11 @@ from finedetr.train.folder import RunFolder
 from finedetr.train.interrupt import Interruption
 from finedetr.train.keep import Keeper
 from finedetr.train.log import Reporter, Stopwatch
-from finedetr.train.plan import Plan, epochs_in_time, share_of
+from finedetr.train.plan import Plan, epochs_in_time, more_parts, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Source, StepReport
+from finedetr.train.step import Source, StepReport, out_of_memory
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -88,7 +89,9 @@ class Run:
         self.loader: TrainingLoader | None = None
         self.plan = Plan(recipe, recipe.epochs, 1)
         self._plan_for(recipe.epochs)
-        self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
+        self.progress = Progress(
+            epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps, accumulate=recipe.accumulate
+        )
         self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights)
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
 
@@ -207,9 +210,9 @@ class Run:
 
     def _epoch(self, interruption: Interruption) -> None:
         """Steps until the epoch is over, somebody asks to stop, or the plan changes."""
-        p, s, recipe = self.progress, self.student, self.recipe
+        p, s = self.progress, self.student
         assert self.loader is not None
-        objective = recipe.objective_at(p.epoch)
+        objective = self.recipe.objective_at(p.epoch)
         s.train()
         self.watch.lap("between")
         for batch in self.loader.epoch(p.epoch, first_step=p.step):
@@ -219,7 +222,7 @@ class Run:
             if p.step == 0 and self.world.main:
                 self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
             try:
-                report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
+                report = self._update(images, targets, batch.names, objective)
             except DivergedError as error:
                 self._skip(error, images, targets, batch.names)
             else:
@@ -228,6 +231,30 @@ class Run:
                 self._tell(report, rate, batch)
             if self._wants_to_leave(interruption):
                 return
+
+    def _update(self, images: Tensor, targets: Targets, names: tuple[str, ...], objective: Objective) -> StepReport:
+        """The step of a batch; in smaller parts where memory was too small for these, as long as the run is young.
+
+        Raises:
+            RunError: Out of memory, and smaller parts are not possible.
+        """
+        p = self.progress
+        while True:
+            try:
+                return self.student.updater(images, targets, names, self._sources(), objective, p.accumulate)
+            except torch.OutOfMemoryError as error:
+                # the other processes of a run are in the midst of their step and cannot follow
+                parts = more_parts(len(images), p.accumulate) if p.epoch == 0 and self.world.size == 1 else None
+                if parts is None:
+                    raise out_of_memory(error, len(images) // p.accumulate) from error
+            self.reporter.warn(
+                f"out of memory with {len(images) // p.accumulate} pictures at a time: from here on batches of "
+                f"{len(images)} are worked off in {parts} parts of {len(images) // parts} (--accumulate {parts}), "
+                "in which norms and the union over stages see a part"
+            )
+            p.accumulate = parts
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is left in pieces of the old size
 
     def _sources(self) -> tuple[Source, ...]:
         """Where query groups come from in this step."""

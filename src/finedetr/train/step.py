@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from finedetr.errors import DivergedError, UsageError
+from finedetr.errors import DivergedError, RunError, UsageError
 from finedetr.records import QueryGroup, Targets
 from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 
-__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "parts_of", "step"]
+__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "out_of_memory", "parts_of", "step"]
 
 Source = Callable[[Targets], QueryGroup]
 NOISE = 3  # the stream of random numbers, beside those of the loader
@@ -135,10 +135,20 @@ class Updater:
         Raises:
             DivergedError: A loss or gradient is not finite, in this process or in another; all of them raise it, and
                 nothing was changed.
+            torch.OutOfMemoryError: On the way to the gradient; nothing was changed, and more parts may help.
+            RunError: Out of memory in the update, which cannot be repeated.
         """
         self.statistics.keep()
-        total, fault = self._backward(parts_of(images, targets, names, accumulate), sources, objective)
-        return StepReport(total, self._update(fault, names))
+        try:
+            total, fault = self._backward(parts_of(images, targets, names, accumulate), sources, objective)
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.statistics.bring_back()
+            raise
+        try:
+            return StepReport(total, self._update(fault, names))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, len(images)) from error
 
     def _backward(
         self, parts: tuple[Part, ...], sources: tuple[Source, ...], objective: Objective
@@ -256,6 +266,15 @@ def parts_of(
         )
         cut.append(Part(images[first : first + size], own, names[first : first + size]))
     return tuple(cut)
+
+
+def out_of_memory(error: BaseException, pictures: int) -> RunError:
+    """What to raise where nothing helps but the user, with `pictures` in memory at a time."""
+    return RunError(
+        f"out of memory with {pictures} pictures at a time: {str(error).splitlines()[0]}",
+        code="oom",
+        hint="More parts of the same batch (--accumulate), a smaller --batch or --size, or another --precision.",
+    )
 
 
 def generator_for(seed: int, epoch: int, number: int, rank: int, device: torch.device) -> torch.Generator:
