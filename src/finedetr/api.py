@@ -25,6 +25,7 @@ from finedetr.train.loop import Result
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, saved_recipe
 from finedetr.train.session import resume as resume_run
+from finedetr.train.start import read_start
 
 __all__ = ["Model", "TrainedRun", "load", "resume", "train"]
 
@@ -138,6 +139,7 @@ def train(
     out: str | Path | None = None,
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
+    config: str | Path | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -155,6 +157,9 @@ def train(
         out: Folder of the run; None: runs/DATA-MODEL.
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
+        config: A run that this one starts like (its folder or config.json; `recipe`, `extras` and `model` are then its
+            own, and so are its weights where none are given), or a recipe or a part of one in JSON, on top of `recipe`.
+            `settings` go before it.
         weights: Start from these.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
@@ -169,15 +174,21 @@ def train(
         TypeError: A setting is unknown; the message suggests the nearest ones.
         FineDETRError: Whatever the command line would say.
     """
+    file = read_start(config) if config is not None else None
+    if file is not None:
+        file.refuse([name for name, given in (("model", model), ("with", extras)) if given])
+        weights = file.weights if weights is None else weights
     start = find_weights(weights) if weights is not None else None
     if isinstance(recipe, Recipe):
         made = recipe
     else:
         card = read_card(start) if start else None
-        config = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(config, recipe, tuple(extras), random_start=card is None)
+        chosen = variant(model) if model else card.config if card else variant("dfine-s")
+        made = build(chosen, recipe, tuple(extras), random_start=card is None)
         if card is not None:
-            made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
+            made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
+    if file is not None:
+        made = file.over(made, settings)
     made = _with_settings(made, settings, "train()")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
     request = Request(
@@ -191,6 +202,7 @@ def train(
         device=device,
         overwrite=overwrite,
         quiet=quiet,
+        derived=file.derived(settings) if file else (),
     )
     return TrainedRun(begin(request))
 

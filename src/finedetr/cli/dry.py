@@ -18,12 +18,13 @@ __all__ = ["describe", "expected_memory"]
 ROOM = 1.35  # what denoising queries, losses and workspaces need beyond the forward pass
 
 
-def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
+def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, Any], str]:
     """The resolved recipe and plan, as a document and as text.
 
     Args:
         request: What the flags ask for.
         base: The recipe before its flags: tells where a value comes from.
+        made: The recipe before --config, too.
     """
     data = open_data(request.data, request.train_split, request.val_split, request.layout)
     pictures = len(data.train)
@@ -33,11 +34,8 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
     windows = plan.windows
     memory = expected_memory(recipe, len(data.train.categories))
     values = flatten(to_dict(recipe))
-    asked, made = flatten(to_dict(request.recipe)), flatten(to_dict(base))
-    origins = {
-        key: "derived" if asked.get(key) != value else "flag" if made.get(key) != value else recipe.name
-        for key, value in values.items()
-    }
+    layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
+    origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
     document = {
         "recipe": to_dict(recipe),
         "origins": origins,
@@ -104,6 +102,14 @@ def expected_memory(recipe: Recipe, classes: int) -> int:
     half = 0.6 if recipe.precision in ("bf16", "fp16") else 1.0
     part = (recipe.batch or 1) / recipe.accumulate
     return round(parameters * 4 * 5 + ROOM * sum(kept.values()) * part * multi_scale * half)
+
+
+def _origin(key: str, value: object, layers: list[dict[str, Any]], recipe: str) -> str:
+    """Who set a value: the first layer, from above, below which it is another one."""
+    for name, below in zip(("derived", "flag", "file"), layers, strict=True):
+        if below.get(key) != value:
+            return name
+    return recipe
 
 
 def _short(value: object) -> str:

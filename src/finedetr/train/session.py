@@ -42,6 +42,7 @@ class Request:
     device: str = "auto"
     overwrite: bool = False
     quiet: bool = False
+    derived: tuple[str, ...] = ()  # numbers of the recipe that an earlier run had derived (--config)
 
 
 def open_data(path: Path, train: str = "train", val: str = "val", layout: str | None = None) -> Data:
@@ -257,7 +258,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
             "pictures": len(data.train),
         },
         "weights": str(request.weights) if request.weights else None,
-        "derived": sorted(k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v),
+        "derived": sorted({k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v} | {*request.derived}),
         "recipe": to_dict(recipe),
     }
     folder.write_json(folder.config, document)
