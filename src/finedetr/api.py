@@ -19,6 +19,7 @@ from finedetr.evaluate.sources import Source
 from finedetr.model.weights import Card, load_weights, read_card
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
+from finedetr.train.callbacks import Callback, Callbacks
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.loop import Result
@@ -147,9 +148,14 @@ def train(
     layout: str | None = None,
     train_split: str = "train",
     val_split: str = "val",
+    callbacks: Callbacks | Mapping[str, Callback] | None = None,
     **settings: Any,
 ) -> TrainedRun:
     """Trains or fine-tunes a detector, as `finedetr train` does.
+
+    >>> def watch(state):
+    ...     print(state.epoch, state.evaluation.ap)
+    >>> run = train("pictures/", epochs=72, callbacks={"on_eval": watch})  # doctest: +SKIP
 
     Args:
         data: Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML.
@@ -167,6 +173,7 @@ def train(
         layout: coco, yolo or voc, where the data could be read as several.
         train_split: Split to train on.
         val_split: Split to evaluate on.
+        callbacks: Functions of a `State` (`finedetr.train.callbacks`): on_start, on_step, on_eval, on_save, on_end.
         **settings: Fields of the recipe: `epochs=72, batch=16, size=(384, 640)`; nested ones as mappings:
             `optimizer={"clip": 0.5}`.
 
@@ -204,17 +211,28 @@ def train(
         quiet=quiet,
         derived=file.derived(settings) if file else (),
     )
-    return TrainedRun(begin(request))
+    return TrainedRun(begin(request, callbacks=_callbacks(callbacks)))
 
 
 def resume(
-    path: str | Path, *, data: str | Path | None = None, device: str = "auto", quiet: bool = False, **settings: Any
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    callbacks: Callbacks | Mapping[str, Callback] | None = None,
+    **settings: Any,
 ) -> TrainedRun:
     """Goes on with a run exactly where it stands; `settings` may change what is free to change, such as `epochs`."""
     saved, _ = saved_recipe(RunFolder.existing(path))
     recipe = _with_settings(saved, settings, "resume()")
     where = Path(data) if data is not None else None
-    return TrainedRun(resume_run(Path(path), recipe, data=where, device=device, quiet=quiet))
+    functions = _callbacks(callbacks)
+    return TrainedRun(resume_run(Path(path), recipe, data=where, device=device, quiet=quiet, callbacks=functions))
+
+
+def _callbacks(given: Callbacks | Mapping[str, Callback] | None) -> Callbacks | None:
+    return Callbacks.of(given) if isinstance(given, Mapping) else given
 
 
 def _with_settings(recipe: Any, settings: Mapping[str, Any], where: str) -> Any:

@@ -90,7 +90,7 @@ class Keeper:
             {
                 "kind": "skipped",
                 "epoch": p.epoch,
-                "step": p.total,
+                "step": p.total + 1,
                 "message": dump.message,
                 "losses": {name: str(value) for name, value in dump.losses.items()},  # JSON has no NaN
                 "pictures": list(dump.pictures),
@@ -103,7 +103,7 @@ class Keeper:
             self._sheet(self.folder.samples / "nan_batch.jpg", dump.images, dump.targets, dump.pictures)
             where = f"; the batch is in {path}"
         count = f"{p.skipped_in_a_row} in a row, {p.skipped} in all"
-        self.reporter.warn(f"step {p.total} is passed over ({count}): {dump.message}{where}")
+        self.reporter.warn(f"step {p.total + 1} is passed over ({count}): {dump.message}{where}")
 
     def _sheet(self, path: Path, images: Tensor, targets: Targets, names: tuple[str, ...]) -> None:
         """The first pictures of a batch with their boxes."""

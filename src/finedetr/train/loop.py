@@ -6,32 +6,31 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from finedetr.data.dataset import Dataset
 from finedetr.data.device import OnDevice
 from finedetr.data.loader import TrainingLoader
-from finedetr.errors import DivergedError, UsageError
+from finedetr.errors import UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
-from finedetr.records import Batch, Targets
-from finedetr.supervise.objective import Objective
+from finedetr.records import Batch
 from finedetr.train.build import build_student
+from finedetr.train.callbacks import Callback, Callbacks, State
 from finedetr.train.checkpoint import link_state, load_state, save_state
 from finedetr.train.distributed import World
-from finedetr.train.dump import Dump, sources_of
 from finedetr.train.folder import RunFolder
+from finedetr.train.guard import Guard
 from finedetr.train.interrupt import Interruption
 from finedetr.train.keep import Keeper
 from finedetr.train.log import Reporter, Stopwatch
-from finedetr.train.plan import Plan, epochs_in_time, more_parts, share_of
+from finedetr.train.plan import Plan, epochs_in_time, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Source, StepReport, out_of_memory
+from finedetr.train.step import StepReport
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -69,6 +68,7 @@ class Run:
         world: This process among the others.
         reporter: Who says what happens.
         weights: Start from these instead of random numbers.
+        callbacks: Functions of a user, called in the main process.
     """
 
     def __init__(
@@ -79,8 +79,10 @@ class Run:
         world: World,
         reporter: Reporter,
         weights: Path | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
+        self.callbacks = callbacks or Callbacks()
         self.watch = Stopwatch()
         self.saved_at = time.monotonic()
         self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
@@ -94,6 +96,7 @@ class Run:
         )
         self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights)
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
+        self.guard = Guard(self.student, self.keeper, world)
 
     def _plan_for(self, epochs: int) -> None:
         """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
@@ -166,6 +169,7 @@ class Run:
     def _save(self) -> None:
         if self.world.main:
             save_state(self.folder.last, self._state())
+            self._call(self.callbacks.on_save, path=self.folder.last)
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -192,6 +196,7 @@ class Run:
         self._status("running")
         try:
             with interruption:
+                self._call(self.callbacks.on_start)
                 while p.epoch < p.epochs and not self.out_of_time and not self._patience_is_over():
                     if p.step == 0 and p.restarts == 0 and self.plan.restarts_at(p.epoch):
                         self._restart()
@@ -200,19 +205,21 @@ class Run:
                         self._end_epoch()
                     self._stop_if_asked(interruption)
         except BaseException as error:
-            self._status("interrupted" if interruption.requested else "failed", str(error))
+            outcome: Literal["interrupted", "failed"] = "interrupted" if interruption.requested else "failed"
+            self._status(outcome, str(error))
+            self._call(self.callbacks.on_end, evaluation=self.keeper.best, outcome=outcome)
             raise
         finally:
             self.close()
             self.reporter.stop()
         self._status("finished")
+        self._call(self.callbacks.on_end, evaluation=self.keeper.best, outcome="finished")
         return Result(self.folder.root, self.keeper.best, p.epoch, p.total, p.seconds)
 
     def _epoch(self, interruption: Interruption) -> None:
         """Steps until the epoch is over, somebody asks to stop, or the plan changes."""
         p, s = self.progress, self.student
         assert self.loader is not None
-        objective = self.recipe.objective_at(p.epoch)
         s.train()
         self.watch.lap("between")
         for batch in self.loader.epoch(p.epoch, first_step=p.step):
@@ -221,85 +228,14 @@ class Run:
             images, targets = self.on_device(batch, epoch=p.epoch, step=p.step)
             if p.step == 0 and self.world.main:
                 self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
-            try:
-                report = self._update(images, targets, batch.names, objective)
-            except DivergedError as error:
-                self._skip(error, images, targets, batch.names)
-            else:
-                self._count()
-                p.skipped_in_a_row = 0
+            report = self.guard(images, targets, batch.names, p)
+            p.step += 1
+            p.total += 1
+            p.seconds += self.watch.lap("step")
+            if report is not None:
                 self._tell(report, rate, batch)
             if self._wants_to_leave(interruption):
                 return
-
-    def _update(self, images: Tensor, targets: Targets, names: tuple[str, ...], objective: Objective) -> StepReport:
-        """The step of a batch; in smaller parts where memory was too small for these, as long as the run is young.
-
-        Raises:
-            RunError: Out of memory, and smaller parts are not possible.
-        """
-        p = self.progress
-        while True:
-            try:
-                return self.student.updater(images, targets, names, self._sources(), objective, p.accumulate)
-            except torch.OutOfMemoryError as error:
-                # the other processes of a run are in the midst of their step and cannot follow
-                parts = more_parts(len(images), p.accumulate) if p.epoch == 0 and self.world.size == 1 else None
-                if parts is None:
-                    raise out_of_memory(error, len(images) // p.accumulate) from error
-            self.reporter.warn(
-                f"out of memory with {len(images) // p.accumulate} pictures at a time: from here on batches of "
-                f"{len(images)} are worked off in {parts} parts of {len(images) // parts} (--accumulate {parts}), "
-                "in which norms and the union over stages see a part"
-            )
-            p.accumulate = parts
-            if self.world.device.type == "cuda":
-                torch.cuda.empty_cache()  # what is left in pieces of the old size
-
-    def _sources(self) -> tuple[Source, ...]:
-        """Where query groups come from in this step."""
-        p, classes = self.progress, len(self.data.train.categories)
-        return sources_of(
-            self.recipe, classes, epoch=p.epoch, step=p.step, rank=self.world.rank, device=self.world.device
-        )
-
-    def _count(self) -> None:
-        self.progress.step += 1
-        self.progress.total += 1
-        self.progress.seconds += self.watch.lap("step")
-
-    def _skip(self, error: DivergedError, images: Tensor, targets: Targets, pictures: tuple[str, ...]) -> None:
-        """Passes over a step that would spoil the weights. The first batch in a row is kept: later ones may be fine.
-
-        Raises:
-            DivergedError: There were too many in a row.
-        """
-        p, path = self.progress, self.folder.bad_batch(self.world.rank)
-        place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank, "total": p.total}
-        dump = Dump(
-            self.recipe,
-            self.data.train.categories.names,
-            place,
-            images,
-            targets,
-            pictures,
-            error.message,
-            error.losses,
-            self.student.detector.state_dict(),
-        )
-        self._count()
-        p.skipped += 1
-        p.skipped_in_a_row += 1
-        if p.skipped_in_a_row == 1:
-            dump.save(path)
-        if self.world.main:
-            self.keeper.skipped(p, dump, path)
-        if p.skipped_in_a_row >= min(self.recipe.diverged_after, self.plan.total):
-            raise DivergedError(
-                f"{p.skipped_in_a_row} steps in a row were not finite, the last: {error.message}",
-                hint=f"{error.hint}\n  The first batch is kept; look at it with: finedetr info {path}".lstrip(),
-                losses=error.losses,
-            ) from error
 
     def _wants_to_leave(self, interruption: Interruption) -> bool:
         """Saves when it is time to; says whether the epoch has to be left before its end. The same on all processes."""
@@ -381,6 +317,7 @@ class Run:
         if self.world.main and better:  # the best first: a crash in between leaves a state that does it again
             save_state(self.folder.best, self._state())
             link_state(self.folder.best, self.folder.last)
+            self._call(self.callbacks.on_save, path=self.folder.best)
             self.saved_at = time.monotonic()
         else:
             self._save()
@@ -414,6 +351,7 @@ class Run:
             p.best, p.best_epoch = evaluation.ap, p.epoch
         if self.world.main:
             self.keeper.evaluation(detector, evaluation, evaluator, p, better=better)
+            self._call(self.callbacks.on_eval, evaluation=evaluation)
         self.last_ap = evaluation.ap
         return better
 
@@ -454,6 +392,27 @@ class Run:
         p = self.progress
         if self.world.main:
             self.keeper.step(p, report, rate, self.watch, pictures=len(batch.names) * self.world.size)
+            self._call(self.callbacks.on_step, losses=report.losses, rate=rate)
+
+    def _call(self, callback: Callback | None, **news: Any) -> None:
+        """Tells a user's function how things stand, and the news of this moment."""
+        if callback is None or not self.world.main:
+            return
+        p, s = self.progress, self.student
+        state = State(
+            folder=self.folder.root,
+            recipe=self.recipe,
+            epoch=p.epoch,
+            epochs=p.epochs,
+            step=p.total,
+            steps=p.epochs * p.steps,
+            seconds=p.seconds,
+            best_ap=p.best if p.best >= 0 else None,
+            detector=s.detector,
+            average=s.average.model,
+            **news,
+        )
+        callback(state)
 
 
 def workers_for(recipe: Recipe, device: torch.device) -> int:

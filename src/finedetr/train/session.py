@@ -13,6 +13,7 @@ from finedetr.data.doctor import Report, check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
+from finedetr.train.callbacks import Callbacks
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder
@@ -74,12 +75,15 @@ def open_data(path: Path, train: str = "train", val: str = "val", layout: str | 
     return Data(training, held_out)
 
 
-def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> Result:
+def begin(
+    request: Request, tell: Callable[[Reporter], None] | None = None, callbacks: Callbacks | None = None
+) -> Result:
     """Trains from the first step.
 
     Args:
         request: What is asked for.
         tell: Says more at the start, such as where the numbers come from.
+        callbacks: Functions of a user.
     """
     with open_world(request.device) as world:
         data = open_data(request.data, request.train_split, request.val_split, request.layout)
@@ -99,7 +103,7 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
                 tell(reporter)
-            run = Run(recipe, data, folder, world, reporter, request.weights)
+            run = Run(recipe, data, folder, world, reporter, request.weights, callbacks)
             if run.student.transfer is not None:
                 for what, name in run.student.transfer.rows():
                     reporter.line(f"weights: {what:8} {name}")
@@ -113,6 +117,7 @@ def resume(
     data: Path | None = None,
     device: str = "auto",
     quiet: bool = False,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     """Goes on with a run where its last state stands.
 
@@ -122,6 +127,7 @@ def resume(
         data: Where the data set is now; None: where it was.
         device: As in `begin`.
         quiet: As in `begin`.
+        callbacks: As in `begin`; a run does not remember those that it was begun with.
 
     Raises:
         ModelError: The folder holds no run, or no state of it.
@@ -137,7 +143,7 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            run = Run(recipe, opened, folder, world, reporter)
+            run = Run(recipe, opened, folder, world, reporter, callbacks=callbacks)
             try:
                 run.resume()
             except BaseException:
