@@ -163,6 +163,19 @@ def test_a_dry_run_says_how_dense_the_pictures_get(
     assert said in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_pictures_that_balancing_repeats(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--data", str(data), "--dry-run", "--epochs", "1", *TINY]
+    assert main([*words, "--batch", "1"]) == 0
+    assert "1 epochs x 4 steps" in capsys.readouterr().out
+    assert main([*words, "--batch", "1", "--balance", "1"]) == 0
+    said = capsys.readouterr().out
+    steps = int(said.split("1 epochs x ")[1].split(" ")[0])
+    assert steps > 4
+    assert f"an epoch has {steps} pictures" in said
+    assert main([*words, "--balance", "2"]) == 2
+    assert "balance: a share of the pictures, 0 to 1, is wanted, 2.0 came" in capsys.readouterr().err
+
+
 def test_training_is_not_repeated_over_a_run_and_goes_on(
     run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

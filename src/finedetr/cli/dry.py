@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finedetr.data.balance import repeat_factors
 from finedetr.model.detector import Detector
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, open_data
+from finedetr.train.session import Request, balance_line, open_data
 
 __all__ = ["describe", "expected_memory"]
 
@@ -30,7 +31,8 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
     pictures = len(data.train)
     recipe = request.recipe.resolve(pictures)
     batch = recipe.batch or 1
-    plan = Plan(recipe, recipe.epochs, max(pictures // batch, 1))
+    drawn = int(repeat_factors(data.train, recipe.balance).sum())  # pictures of an epoch
+    plan = Plan(recipe, recipe.epochs, max(drawn // batch, 1))
     windows = plan.windows
     memory = expected_memory(recipe, len(data.train.categories))
     values = flatten(to_dict(recipe))
@@ -63,6 +65,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         f"objective  {recipe.objective.formula()}",
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
+        *([balance_line(recipe, data)] if recipe.balance else []),
         f"average    decay {plan.decay:.6g}",
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),

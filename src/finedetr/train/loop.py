@@ -114,6 +114,7 @@ class Run:
                 recipe.seed,
                 self.world.rank,
                 self.world.size,
+                recipe.balance,
             )
             self.on_device = OnDevice(
                 recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std

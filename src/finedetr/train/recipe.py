@@ -209,6 +209,9 @@ class Recipe:
             (Varifocal(), BoxL1(), BoxGIoU(), FineGrainedLocalization(), LocalizationDistillation()), UnionOfStages()
         )
     )
+    balance: float = 0.0
+    """Pictures with a class that stands in less than this share of them come more often in an epoch (repeat-factor
+    sampling; LVIS: 0.001, small sets: such as 0.1). 0 is off."""
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     patience: int = 0
@@ -258,6 +261,8 @@ class Recipe:
             )
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr: a number above 0 is wanted, {self.lr} came", code="range")
+        if not 0 <= self.balance <= 1:
+            raise ConfigError(f"balance: a share of the pictures, 0 to 1, is wanted, {self.balance} came", code="range")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std go together: give both or neither", code="conflict")
 

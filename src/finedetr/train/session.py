@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finedetr._version import __version__
+from finedetr.data.balance import repeat_factors
 from finedetr.data.doctor import Report, check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
@@ -104,6 +105,8 @@ def begin(
             if tell:
                 tell(reporter)
             run = Run(recipe, data, folder, world, reporter, request.weights, callbacks)
+            if recipe.balance:
+                reporter.line(balance_line(recipe, data))
             if run.student.transfer is not None:
                 for what, name in run.student.transfer.rows():
                     reporter.line(f"weights: {what:8} {name}")
@@ -226,6 +229,16 @@ def _introduce(reporter: Reporter, data: Data, report: Report, world: World, fol
         (reporter.warn if note.level == "warn" else reporter.line)(str(note))
     if val is None:
         reporter.warn("there is no split for evaluation: the last weights count as the best")
+
+
+def balance_line(recipe: Recipe, data: Data) -> str:
+    """What balancing does to an epoch of this data."""
+    factors = repeat_factors(data.train, recipe.balance)
+    more = int((factors > 1).sum())
+    return (
+        f"balance {recipe.balance:g}: {more} of {len(factors)} pictures come more often, at most {factors.max():.1f} "
+        f"times; an epoch has {int(factors.sum())} pictures"
+    )
 
 
 def _class_table(data: Data) -> list[dict[str, Any]]:
