@@ -194,8 +194,9 @@ def train(
         made = build(chosen, recipe, tuple(extras), random_start=card is None)
         if card is not None:
             made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
+    changed = [*settings, *(["device"] if device != "auto" else [])]
     if file is not None:
-        made = file.over(made, settings)
+        made = file.over(made, changed)
     made = _with_settings(made, settings, "train()")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
     request = Request(
@@ -209,7 +210,7 @@ def train(
         device=device,
         overwrite=overwrite,
         quiet=quiet,
-        derived=file.derived(settings) if file else (),
+        derived=file.derived(changed) if file else (),
     )
     return TrainedRun(begin(request, callbacks=_callbacks(callbacks)))
 

@@ -56,9 +56,7 @@ def test_a_runs_configuration_makes_the_same_run(
     assert saved_recipe(RunFolder(again.folder))[0] == saved
     both = [RunFolder(path).read_json(path / "config.json") for path in (run, again.folder)]
     assert both[0]["derived"] == both[1]["derived"] == ["batch", "lr", "precision"]
-    assert [RunFolder(path).best_weights.read_bytes() for path in (run,)] == [
-        RunFolder(again.folder).best_weights.read_bytes()
-    ]
+    assert RunFolder(run).best_weights.read_bytes() == RunFolder(again.folder).best_weights.read_bytes()
     assert where["path"] == str(data.resolve())
 
 
@@ -118,6 +116,10 @@ def test_parts_of_the_objective_keep_their_kind_or_change_it() -> None:
         ({"recipe": {}, "wieghts": None}, "unknown key 'wieghts'\n  Did you mean weights"),
         ({"finedetr": "1", "recipee": {}}, "unknown key 'recipee'\n  Did you mean recipe"),
         ({"finedetr": "1"}, "has no recipe"),
+        ({"recipe": {}, "data": 3}, "data: a table with a path is wanted, 3 came"),
+        ({"recipe": {}, "data": {}}, "data: a table with a path is wanted, {} came"),
+        ({"recipe": {}, "weights": []}, "weights: a path is wanted, [] came"),
+        ({"recipe": {}, "derived": "lr"}, "derived: a list of names is wanted, 'lr' came"),
         ([], "a table of a recipe is wanted, list came"),
     ],
 )

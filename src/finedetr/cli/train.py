@@ -161,9 +161,9 @@ def _defaults(base: Recipe, start: Start | None, changed: Sequence[str]) -> Trai
     """The flags as they are where nothing is said: data and weights of the run that --config names."""
     if start is None or start.run is None:
         return Train(settings=base)
-    data = start.run.get("data") or {}
+    data = start.run.get("data")
     defaults = Train(settings=base, weights=start.weights)
-    if "data" in changed or "path" not in data:
+    if "data" in changed or data is None:
         return defaults
     return replace(
         defaults,

@@ -24,7 +24,7 @@ from finedetr.train.plan import share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision
 
-__all__ = ["Request", "begin", "open_data", "resume", "saved_recipe"]
+__all__ = ["Request", "balance_line", "begin", "open_data", "resume", "saved_recipe"]
 
 FREE = ("epochs", "workers", "patience", "diverged_after", "max_time", "log_every", "evaluating.", "saving.")
 """What a resumed run may change: nothing of it touches the weights of a step that is done."""

@@ -74,13 +74,13 @@ class Start:
             return merge(base, self.recipe, str(self.path))
         recipe = from_dict(self.recipe, f"{self.path}: recipe")
         unset: dict[str, Any] = {"lr": None, "batch": None, "precision": "auto"}
-        anew = set(self.run.get("derived", ())) - set(self.derived(changed))
+        anew = set(self.run.get("derived") or ()) - set(self.derived(changed))
         return replace(recipe, **{name: unset[name] for name in FOLLOWS if name in anew})
 
     def derived(self, changed: Collection[str] = ()) -> tuple[str, ...]:
         """The derived numbers of the earlier run that stay as they were."""
         touched = {name.partition(".")[0] for name in changed}
-        names = () if self.run is None else self.run.get("derived", ())
+        names = (self.run or {}).get("derived") or ()
         return tuple(name for name in names if not touched & {name, *FOLLOWS.get(name, ())})
 
 
@@ -107,4 +107,16 @@ def read_start(path: str | Path) -> Start:
             raise ConfigError(f"{file}: unknown key {key!r}", code="unknown_key", hint=did_you_mean(key, RUN_KEYS))
     if not isinstance(document.get("recipe"), Mapping):
         raise ConfigError(f"{file} has no recipe", code="type", hint="A run writes one; a recipe alone is taken, too.")
+    data, weights, derived = (document.get(key) for key in ("data", "weights", "derived"))
+    for key, kind, fine in (
+        (
+            "data",
+            "a table with a path",
+            data is None or (isinstance(data, Mapping) and isinstance(data.get("path"), str)),
+        ),
+        ("weights", "a path", weights is None or isinstance(weights, str)),
+        ("derived", "a list of names", derived is None or isinstance(derived, list)),
+    ):
+        if not fine:
+            raise ConfigError(f"{file}: {key}: {kind} is wanted, {document[key]!r} came", code="type")
     return Start(file, document["recipe"], {key: document[key] for key in document if key != "recipe"})
