@@ -133,6 +133,15 @@ def test_a_time_budget_shortens_the_run_and_its_schedule(data: Path, tmp_path: P
     assert "the schedule follows" in folder.log.read_text()
 
 
+def test_a_run_that_its_time_budget_ends_is_evaluated_all_the_same(data: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(epochs=50, max_time=0.001)
+    recipe = replace(recipe, evaluating=replace(recipe.evaluating, every=40))
+    result = begin(Request(data, recipe, tmp_path / "a", device="cpu", quiet=True))
+    assert (result.epochs, result.steps) == (1, 1)
+    assert result.evaluation is not None
+    assert RunFolder(tmp_path / "a").best_weights.is_file()
+
+
 def test_without_a_split_for_evaluation_the_last_weights_are_kept(data: Path, tmp_path: Path) -> None:
     only = tmp_path / "data"
     draw(only, train=4, val=1)

@@ -105,7 +105,10 @@ class Dump:
         """
         cpu = torch.device("cpu")
         detector = Detector(self.recipe.model, len(self.classes))
-        detector.load_state_dict(dict(self.model))
+        try:
+            detector.load_state_dict(dict(self.model))
+        except RuntimeError as error:
+            raise ModelError(f"the weights of the dump do not fit its recipe: {error}", code="mismatch") from error
         bad = tuple(name for name, tensor in self.model.items() if not tensor.isfinite().all())
         still = freeze(detector, self.recipe)
         detector.train()

@@ -283,6 +283,14 @@ class Run:
             return self._shorten(epochs_in_time(p.limit, 1.0, each * p.steps + evaluation, budget))
         return False
 
+    def _epochs_in_time(self) -> int:
+        """Epochs that fit into the time budget, at the speed so far; as planned where there is none."""
+        p = self.progress
+        if not self.recipe.max_time:
+            return p.epochs
+        (seconds,) = self.world.largest([p.seconds])
+        return epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+
     def _shorten(self, epochs: int) -> bool:
         """Plans for another number of epochs; whether the loader had to change for it."""
         p = self.progress
@@ -300,7 +308,8 @@ class Run:
     def _end_epoch(self) -> None:
         """Evaluates, keeps what is best, plans anew, saves."""
         p = self.progress
-        better, evaluated = False, self.plan.evaluates_after(p.epoch) or self.out_of_time
+        last = self.out_of_time or self._epochs_in_time() <= p.epoch + 1
+        better, evaluated = False, last or self.plan.evaluates_after(p.epoch)
         if evaluated:
             self.watch.lap("between")
             better = self._evaluate()
@@ -308,8 +317,7 @@ class Run:
             p.seconds += p.evaluating
         p.epoch, p.step = p.epoch + 1, 0
         if self.recipe.max_time:
-            (seconds,) = self.world.largest([p.seconds])
-            fit = epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+            fit = self._epochs_in_time()
             # late in the run only shorter, unless the first steps had been so slow that much of the time is left
             if p.done < p.epochs / 2 or fit < p.epochs or fit > 1.5 * p.epochs:
                 self._shorten(fit)
