@@ -84,10 +84,13 @@ def test_too_many_in_a_row_end_the_run_and_the_dump_can_be_looked_at(
     again = dump.replay()
     assert again.losses.keys() == dump.losses.keys() != set()
     assert (again.first, again.weights) == ("backbone.stem.stem1.conv", ())
+    assert again.largest[1] == float(dump.model[again.largest[0]].abs().max()) >= 1  # norms begin with 1
 
     assert main(["info", str(path)]) == 0
     said = capsys.readouterr().out
     assert "step     3 (epoch 2, step 1 of it)" in said
+    assert "weights  all finite; the largest is " in said
+    assert f"again    losses {len(again.losses)} not finite, such as matching/" in said
     assert f"picture  {dump.pictures[0]}, {dump.targets.counts[0]} boxes, values that are not finite" in said
     assert "first module with an answer that is not finite: backbone.stem" in said
     assert main(["info", str(path), "--json"]) == 0

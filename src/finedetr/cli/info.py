@@ -80,6 +80,7 @@ def _bad_batch(flags: Info) -> dict[str, Any] | None:
             "losses": {name: str(value) for name, value in again.losses.items()},
             "gradient": str(again.gradient),
             "first_module": again.first,
+            "largest_weight": [again.largest[0], str(again.largest[1])],
         },
     }
     if flags.json:
@@ -89,8 +90,8 @@ def _bad_batch(flags: Info) -> dict[str, Any] | None:
     for name, count in zip(dump.pictures, dump.targets.counts, strict=True):
         output(f"picture  {name}, {count} boxes" + (", values that are not finite" if name in broken else ""))
     bad = f"{len(again.weights)} not finite, such as {again.weights[0]}" if again.weights else "all finite"
-    output(f"weights  {bad}")
-    losses = ", ".join(again.losses) or "all finite"
+    output(f"weights  {bad}; the largest is {again.largest[1]:.3g}, in {again.largest[0]}")
+    losses = f"{len(again.losses)} not finite, such as {next(iter(again.losses))}" if again.losses else "all finite"
     output(f"again    losses {losses}; gradient {again.gradient:.4g} (fp32 on the CPU)")
     output(f"         first module with an answer that is not finite: {again.first or 'none'}")
     return None

@@ -40,6 +40,7 @@ class Replay:
     gradient: float  # its norm
     first: str | None  # the first module whose answer was not finite
     weights: tuple[str, ...]  # parameters and statistics that were not finite before the step
+    largest: tuple[str, float]  # the parameter with the largest number, and its size: after a rate too high, huge
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Dump:
         except RuntimeError as error:
             raise ModelError(f"the weights of the dump do not fit its recipe: {error}", code="mismatch") from error
         bad = tuple(name for name, tensor in self.model.items() if not tensor.isfinite().all())
+        sizes = {name: float(parameter.detach().abs().max()) for name, parameter in detector.named_parameters()}
         still = freeze(detector, self.recipe)
         detector.train()
         for module in still:
@@ -120,13 +122,14 @@ class Dump:
         objective = self.recipe.objective_at(self.place["epoch"])
         losses = step(detector, self.images, self.targets, sources, objective, Precision("fp32", cpu))
         losses.total.backward()
+        largest = max(sizes.items(), key=lambda size: size[1])
         gradients = [p.grad.norm() for p in detector.parameters() if p.grad is not None]
         try:
             losses.by_name(self.pictures)
             faults: dict[str, float] = {}
         except DivergedError as error:
             faults = error.losses
-        return Replay(faults, float(torch.stack(gradients).norm()), seen[0] if seen else None, bad)
+        return Replay(faults, float(torch.stack(gradients).norm()), seen[0] if seen else None, bad, largest)
 
 
 def _watch(detector: nn.Module) -> list[str]:
