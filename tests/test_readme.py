@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from finedetr.cli import ALIASES, VERBS, main
+from finedetr.model.zoo import variant
+from finedetr.recipes import build
+from finedetr.train.config import to_dict
 from tests.train.small import draw
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +32,9 @@ def test_every_training_command_can_be_planned(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = draw(tmp_path / "pictures", train=4, val=2)
+    earlier = {"data": {"path": str(data)}, "recipe": to_dict(build(variant("dfine-n"), random_start=True))}
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps(earlier))
     words = [str(data) if word == "pictures/" else word for word in words]
     words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
     assert main([*(word for word in words if word != "--dry-run"), "--dry-run"]) == 0

@@ -21,12 +21,14 @@ from finedetr.model.publish import push
 from finedetr.model.weights import Card, load_weights, read_card
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
+from finedetr.train.callbacks import Callback, Callbacks
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.loop import Result
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, saved_recipe
 from finedetr.train.session import resume as resume_run
+from finedetr.train.start import read_start
 
 __all__ = ["Model", "TrainedRun", "load", "resume", "train"]
 
@@ -180,6 +182,7 @@ def train(
     out: str | Path | None = None,
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
+    config: str | Path | None = None,
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
     queries: int | None = None,
@@ -189,9 +192,14 @@ def train(
     layout: str | None = None,
     train_split: str = "train",
     val_split: str = "val",
+    callbacks: Callbacks | Mapping[str, Callback] | None = None,
     **settings: Any,
 ) -> TrainedRun:
     """Trains or fine-tunes a detector, as `finedetr train` does.
+
+    >>> def watch(state):
+    ...     print(state.epoch, state.evaluation.ap)
+    >>> run = train("pictures/", epochs=72, callbacks={"on_eval": watch})  # doctest: +SKIP
 
     Args:
         data: Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML.
@@ -199,6 +207,9 @@ def train(
         out: Folder of the run; None: runs/DATA-MODEL.
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
+        config: A run that this one starts like (its folder or config.json; `recipe`, `extras` and `model` are then its
+            own, and so are its weights where none are given), or a recipe or a part of one in JSON, on top of `recipe`.
+            `settings` go before it.
         weights: Start from these.
         backbone_weights: Start the backbone alone from its official file.
         queries: Another number of queries than the model's own.
@@ -208,6 +219,7 @@ def train(
         layout: coco, yolo or voc, where the data could be read as several.
         train_split: Split to train on.
         val_split: Split to evaluate on.
+        callbacks: Functions of a `State` (`finedetr.train.callbacks`): on_start, on_step, on_eval, on_save, on_end.
         **settings: Fields of the recipe: `epochs=72, batch=16, size=(384, 640)`; nested ones as mappings:
             `optimizer={"clip": 0.5}`.
 
@@ -215,15 +227,22 @@ def train(
         TypeError: A setting is unknown; the message suggests the nearest ones.
         FineDETRError: Whatever the command line would say.
     """
+    file = read_start(config) if config is not None else None
+    if file is not None:
+        file.refuse([name for name, given in (("model", model), ("with", extras)) if given])
+        weights = file.weights if weights is None else weights
     start = find_weights(weights) if weights is not None else None
     if isinstance(recipe, Recipe):
         made = recipe
     else:
         card = read_card(start) if start else None
-        config = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(config, recipe, tuple(extras), random_start=card is None and backbone_weights is None)
+        chosen = variant(model) if model else card.config if card else variant("dfine-s")
+        made = build(chosen, recipe, tuple(extras), random_start=card is None and backbone_weights is None)
         if card is not None:
-            made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
+            made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
+    changed = [*settings, *(["device"] if device != "auto" else [])]
+    if file is not None:
+        made = file.over(made, changed)
     if queries is not None:
         made = replace(made, model=replace(made.model, decoder=replace(made.model.decoder, queries=queries)))
     made = _with_settings(made, settings, "train()")
@@ -240,18 +259,30 @@ def train(
         device=device,
         overwrite=overwrite,
         quiet=quiet,
+        derived=file.derived(changed) if file else (),
     )
-    return TrainedRun(begin(request))
+    return TrainedRun(begin(request, callbacks=_callbacks(callbacks)))
 
 
 def resume(
-    path: str | Path, *, data: str | Path | None = None, device: str = "auto", quiet: bool = False, **settings: Any
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    callbacks: Callbacks | Mapping[str, Callback] | None = None,
+    **settings: Any,
 ) -> TrainedRun:
     """Goes on with a run exactly where it stands; `settings` may change what is free to change, such as `epochs`."""
     saved, _ = saved_recipe(RunFolder.existing(path))
     recipe = _with_settings(saved, settings, "resume()")
     where = Path(data) if data is not None else None
-    return TrainedRun(resume_run(Path(path), recipe, data=where, device=device, quiet=quiet))
+    functions = _callbacks(callbacks)
+    return TrainedRun(resume_run(Path(path), recipe, data=where, device=device, quiet=quiet, callbacks=functions))
+
+
+def _callbacks(given: Callbacks | Mapping[str, Callback] | None) -> Callbacks | None:
+    return Callbacks.of(given) if isinstance(given, Mapping) else given
 
 
 def _with_settings(recipe: Any, settings: Mapping[str, Any], where: str) -> Any:

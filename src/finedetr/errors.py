@@ -16,7 +16,7 @@ FineDETRError           exit   code prefix
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class FineDETRError(Exception):
@@ -78,7 +78,15 @@ class RunError(FineDETRError):
 
 
 class DivergedError(RunError):
-    """A loss that is not finite."""
+    """A loss or a gradient that is not finite.
+
+    Attributes:
+        losses: The losses that are not finite, by name; none where it is the gradient.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", losses: Mapping[str, float] | None = None) -> None:
+        super().__init__(message, code="diverged", hint=hint)
+        self.losses = dict(losses or {})
 
 
 class Interrupted(RunError):  # noqa: N818 - a request, not a fault

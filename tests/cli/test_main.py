@@ -148,6 +148,36 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("off", "said"),
+    [
+        ((), "steps; mosaic and mixup from 2 to 6; plain from 9;"),
+        (("mixup",), "steps; mosaic from 2 to 6; plain"),
+        (("mosaic", "mixup"), "steps; no mosaic, no mixup; plain"),
+    ],
+)
+def test_a_dry_run_says_how_dense_the_pictures_get(
+    off: tuple[str, ...], said: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--epochs", "10", "--schedule.start", "0.2", "--schedule.flat", "0.6", "--schedule.plain", "0.9"]
+    words += [word for name in off for word in (f"--augmentation.{name}", "0")]
+    assert main(["train", "--data", str(data), "--dry-run", *words, *TINY]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_pictures_that_balancing_repeats(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--data", str(data), "--dry-run", "--epochs", "1", *TINY]
+    assert main([*words, "--batch", "1"]) == 0
+    assert "1 epochs x 4 steps" in capsys.readouterr().out
+    assert main([*words, "--batch", "1", "--balance", "1"]) == 0
+    said = capsys.readouterr().out
+    steps = int(said.split("1 epochs x ")[1].split(" ")[0])
+    assert steps > 4
+    assert f"an epoch has {steps} pictures" in said
+    assert main([*words, "--balance", "2"]) == 2
+    assert "balance: a share of the pictures, 0 to 1, is wanted, 2.0 came" in capsys.readouterr().err
+
+
 def test_training_is_not_repeated_over_a_run_and_goes_on(
     run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +223,19 @@ def test_predictions_are_lines_and_pictures(
     one = str(next((data / "val").glob("*.jpg")))
     assert main(["predict", str(run), one, one, "--out", str(tmp_path / "q"), "--device", "cpu"]) == 0
     assert len(list((tmp_path / "q").glob("*.jpg"))) == 2
+
+
+def test_a_resume_state_is_no_weight_file_and_the_message_names_the_one(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = str(run / "checkpoints" / "last.pt")
+    for words in (["predict", state, str(data / "val")], ["eval", state, "--data", str(data)], ["info", state]):
+        assert main(words) == 4
+        said = capsys.readouterr().err
+        assert said.startswith(f"model.mismatch: {state} is a state that a run of finedetr goes on from")
+        assert f"Use {run} (its best weights), or a file of {run / 'weights'}." in said
+    assert main(["train", "--data", str(data), "--weights", state, "--out", str(run.parent / "b")]) == 4
+    assert "model.mismatch" in capsys.readouterr().err
 
 
 def test_info_models_env_and_data_check_answer(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

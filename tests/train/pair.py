@@ -35,6 +35,8 @@ def main(data: str, out: str, batch: str, case: str) -> None:
         folder.root.mkdir(parents=True)
         folder.write_json(folder.config, {})
         run = Run(recipe, replace(open_data(Path(data)), val=None), folder, world, reporter)
+        if case == "poisoned" and world.rank == world.size - 1:
+            _poison(run)
         norms = tuple(m for m in run.student.detector.modules() if isinstance(m, nn.BatchNorm2d))
         run.student = replace(run.student, frozen=norms)
         losses: list[dict[str, float]] = []
@@ -42,6 +44,17 @@ def main(data: str, out: str, batch: str, case: str) -> None:
         run.train()
         state: dict[str, Any] = {"losses": losses, "model": run.student.detector.state_dict()}
         torch.save(state, Path(out) / f"{case}-{world.size}-{world.rank}.pt")
+
+
+def _poison(run: Run) -> None:
+    """Makes a picture of this process's second batch no number."""
+    healthy = run.on_device
+
+    def poisoned(batch: Any, *, epoch: int, step: int) -> Any:
+        images, targets = healthy(batch, epoch=epoch, step=step)
+        return (images * (float("nan") if step == 1 else 1.0), targets)
+
+    run.on_device = poisoned  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 
 from finedetr.errors import UsageError
 from finedetr.train.distributed import World, choose_device, open_world
+from finedetr.train.dump import Dump
+from finedetr.train.folder import RunFolder
 from tests.train.small import draw
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,17 @@ def test_a_process_without_any_target_does_not_hang(tmp_path: Path) -> None:
         assert torch.equal(value, states[1]["model"][name]), name
     boxes = [sum(v for n, v in state["losses"][0].items() if "BoxL1" in n) for state in states]
     assert min(boxes) == 0 < max(boxes)
+
+
+def test_a_bad_batch_of_one_process_is_passed_over_by_all(data: Path, tmp_path: Path) -> None:
+    states = pair(2, data, tmp_path, 4, "poisoned")
+    assert [len(state["losses"]) for state in states] == [2, 2]  # of three steps
+    for name, value in states[0]["model"].items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, states[1]["model"][name]), f"{name} differs between the processes"
+    messages = [Dump.load(RunFolder(tmp_path / f"rank{rank}of2").bad_batch(rank)).message for rank in (0, 1)]
+    assert messages[0] == "a loss of another process is not finite; this one's are"
+    assert "is nan" in messages[1]
 
 
 def test_one_process_needs_no_variables() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finedetr.errors import ConfigError, DataError, DivergedError, Interrupted, ModelError, UsageError
 from finedetr.evaluate.evaluation import Evaluation
@@ -15,7 +16,7 @@ from finedetr.train import loop
 from finedetr.train.checkpoint import load_state
 from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter, clock
-from finedetr.train.session import Request, begin, resume
+from finedetr.train.session import Request, begin, open_data, resume
 from tests.train.small import draw, small_recipe
 
 
@@ -59,6 +60,29 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert folder.read_json(folder.status)["state"] == "interrupted"
     monkeypatch.undo()
     assert resume(tmp_path / "a", device="cpu", quiet=True).steps == 3
+
+
+def test_a_balanced_run_stopped_within_an_epoch_goes_on_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balanced = {"epochs": 1, "batch": 1, "balance": 1.0}
+    begin(request(data, tmp_path / "whole", **balanced))
+    real = loop.Run._tell
+
+    def tell(self: loop.Run, *args: Any) -> None:
+        real(self, *args)
+        if self.progress.total == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Run, "_tell", tell)
+    with pytest.raises(Interrupted):
+        begin(request(data, tmp_path / "broken", **balanced))
+    monkeypatch.undo()
+    again = resume(tmp_path / "broken", device="cpu", quiet=True)
+    whole, broken = (load_state(RunFolder(tmp_path / name).last) for name in ("whole", "broken"))
+    assert again.steps == whole["progress"]["total"] > len(open_data(data).train)
+    assert all(torch.equal(tensor, broken["model"][name]) for name, tensor in whole["model"].items())
+    assert "pictures come more often" in RunFolder(tmp_path / "whole").log.read_text()
 
 
 def test_patience_ends_a_run_without_progress(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +131,15 @@ def test_a_time_budget_shortens_the_run_and_its_schedule(data: Path, tmp_path: P
     assert progress["limit"] == 100_000
     assert progress["epochs"] < 1000
     assert "the schedule follows" in folder.log.read_text()
+
+
+def test_a_run_that_its_time_budget_ends_is_evaluated_all_the_same(data: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(epochs=50, max_time=0.001)
+    recipe = replace(recipe, evaluating=replace(recipe.evaluating, every=40))
+    result = begin(Request(data, recipe, tmp_path / "a", device="cpu", quiet=True))
+    assert (result.epochs, result.steps) == (1, 1)
+    assert result.evaluation is not None
+    assert RunFolder(tmp_path / "a").best_weights.is_file()
 
 
 def test_without_a_split_for_evaluation_the_last_weights_are_kept(data: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.train.tiny import TINY
 NAMES = ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
 OBJECTIVE = Objective((MatchabilityAware(), BoxL1(), BoxGIoU()), PerStage())
 CPU = torch.device("cpu")
+STAGES = ("encoder", "initial", "layer0", "layer1")
 
 
 def batch() -> tuple[torch.Tensor, Targets]:
@@ -107,11 +108,34 @@ def test_a_loss_that_is_not_finite_names_term_stage_and_pictures_and_changes_not
     update = updater()
     images, targets = batch()
     images[2] = float("nan")
-    before = [p.clone() for p in update.parameters]
     with pytest.raises(DivergedError, match=r"matching/\w+/\w+ is nan.*c\.jpg") as raised:
         update(images, targets, NAMES, (), OBJECTIVE)
     assert "a.jpg" not in raised.value.message
-    assert all(torch.equal(a, b) for a, b in zip(before, update.parameters, strict=True))
+    assert set(raised.value.losses) <= {f"matching/{s}/{t}" for s in STAGES for t in OBJECTIVE.names}
+
+
+def test_a_bad_batch_changes_neither_weights_nor_the_statistics_of_norms() -> None:
+    update = updater()
+    update.student.train()
+    images, targets = batch()
+    update(images, targets, NAMES, (), OBJECTIVE)
+    before = {name: tensor.clone() for name, tensor in update.student.state_dict().items()}
+    with pytest.raises(DivergedError):
+        update(images * float("nan"), targets, NAMES, (), OBJECTIVE)
+    after = update.student.state_dict()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert update.average.updates == 1
+
+
+def test_a_bad_part_of_a_batch_spoils_the_whole_batch_and_nothing_else() -> None:
+    update = updater()
+    images, targets = batch()
+    poisoned = images.clone()
+    poisoned[0] = float("nan")  # the first of two parts; the second one is worked off all the same
+    with pytest.raises(DivergedError, match=r"a\.jpg"):
+        update(poisoned, targets, NAMES, (), OBJECTIVE, accumulate=2)
+    fresh = updater()
+    assert update(images, targets, NAMES, (), OBJECTIVE) == fresh(images, targets, NAMES, (), OBJECTIVE)
 
 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:

@@ -7,37 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finedetr.data.balance import repeat_factors
 from finedetr.model.detector import Detector
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, open_data
+from finedetr.train.session import Request, balance_line, open_data
 
 __all__ = ["describe", "expected_memory"]
 
 ROOM = 1.35  # what denoising queries, losses and workspaces need beyond the forward pass
 
 
-def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
+def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, Any], str]:
     """The resolved recipe and plan, as a document and as text.
 
     Args:
         request: What the flags ask for.
         base: The recipe before its flags: tells where a value comes from.
+        made: The recipe before --config, too.
     """
     data = open_data(request.data, request.train_split, request.val_split, request.layout)
     pictures = len(data.train)
     recipe = request.recipe.resolve(pictures)
     batch = recipe.batch or 1
-    plan = Plan(recipe, recipe.epochs, max(pictures // batch, 1))
+    drawn = int(repeat_factors(data.train, recipe.balance).sum())  # pictures of an epoch
+    plan = Plan(recipe, recipe.epochs, max(drawn // batch, 1))
     windows = plan.windows
     memory = expected_memory(recipe, len(data.train.categories))
     values = flatten(to_dict(recipe))
-    asked, made = flatten(to_dict(request.recipe)), flatten(to_dict(base))
-    origins = {
-        key: "derived" if asked.get(key) != value else "flag" if made.get(key) != value else recipe.name
-        for key, value in values.items()
-    }
+    layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
+    origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
     document = {
         "recipe": to_dict(recipe),
         "origins": origins,
@@ -65,6 +65,7 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         f"objective  {recipe.objective.formula()}",
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
+        *([balance_line(recipe, data)] if recipe.balance else []),
         f"average    decay {plan.decay:.6g}",
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),
@@ -104,6 +105,14 @@ def expected_memory(recipe: Recipe, classes: int) -> int:
     half = 0.6 if recipe.precision in ("bf16", "fp16") else 1.0
     part = (recipe.batch or 1) / recipe.accumulate
     return round(parameters * 4 * 5 + ROOM * sum(kept.values()) * part * multi_scale * half)
+
+
+def _origin(key: str, value: object, layers: list[dict[str, Any]], recipe: str) -> str:
+    """Who set a value: the first layer, from above, below which it is another one."""
+    for name, below in zip(("derived", "flag", "file"), layers, strict=True):
+        if below.get(key) != value:
+            return name
+    return recipe
 
 
 def _short(value: object) -> str:

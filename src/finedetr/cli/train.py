@@ -18,6 +18,7 @@ from finedetr.recipes import PAPERS, RECIPES, build
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, resume, saved_recipe
+from finedetr.train.start import Start, read_start
 
 MODEL = "dfine-s"  # where neither --model nor --weights says what to train
 
@@ -37,6 +38,9 @@ class Train:
     """Base of the recipe: deim or dfine."""
     with_: Annotated[tuple[str, ...], tyro.conf.arg(name="with")] = ()
     """Papers and variations on top of it."""
+    config: Path | None = None
+    """Start with the configuration of a run (its folder or config.json; also its data and weights where no flag says
+    them), or with a recipe or a part of one in JSON. Flags go before it."""
     weights: Path | None = None
     """Start from these weights (a run, a weight file or a published name); classes are carried over by name."""
     backbone_weights: Path | None = None
@@ -67,8 +71,10 @@ class Train:
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     words = [re.sub(r"^--queries$", "--model.decoder.queries", word) for word in spell(words)]
-    base = _base_recipe(words)
-    flags = parse(Train, _name_terms(words, base), "finedetr train", Train(settings=base))
+    changed = [word.removeprefix("--") for word in words if word.startswith("--")]
+    made, start = _base_recipe(words), _start(words, changed)
+    base = start.over(made, changed) if start else made
+    flags = parse(Train, _name_terms(words, base), "finedetr train", _defaults(base, start, changed))
     if flags.resume is not None:
         return _resume(flags, words)
     if flags.data is None:
@@ -87,11 +93,12 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         device=flags.device,
         overwrite=flags.overwrite,
         quiet=flags.quiet,
+        derived=start.derived(changed) if start else (),
     )
     if flags.dry_run:
         from finedetr.cli.dry import describe
 
-        document, text = describe(request, base)
+        document, text = describe(request, base, made)
         if flags.json:
             return {"result": document, "warnings": []}
         output(text)
@@ -102,7 +109,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
     assert flags.resume is not None
-    for name in ("weights", "backbone-weights", "overwrite", "model", "recipe", "with", "out", "layout"):
+    for name in ("config", "weights", "backbone-weights", "overwrite", "model", "recipe", "with", "out", "layout"):
         if f"--{name}" in words:
             raise UsageError(
                 f"--resume and --{name} exclude each other: a resumed run keeps what it is",
@@ -146,6 +153,33 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
         return made
     # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed
     return replace(made, model=config if model else card.config, size=card.size, mean=card.mean, std=card.std)
+
+
+def _start(words: Sequence[str], changed: Sequence[str]) -> Start | None:
+    """What --config gives."""
+    path = peek(words, "--config")
+    if not path or "resume" in changed:
+        return None
+    start = read_start(path[0])
+    start.refuse(changed)
+    return start
+
+
+def _defaults(base: Recipe, start: Start | None, changed: Sequence[str]) -> Train:
+    """The flags as they are where nothing is said: data and weights of the run that --config names."""
+    if start is None or start.run is None:
+        return Train(settings=base)
+    data = start.run.get("data")
+    defaults = Train(settings=base, weights=start.weights)
+    if "data" in changed or data is None:
+        return defaults
+    return replace(
+        defaults,
+        data=Path(data["path"]),
+        train_split=data.get("train", "train"),
+        val_split=data.get("val", "val"),
+        layout=data.get("layout"),
+    )
 
 
 def _name_terms(words: Sequence[str], base: Recipe) -> list[str]:

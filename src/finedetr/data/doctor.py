@@ -177,7 +177,10 @@ def check_classes(datasets: Sequence[Dataset]) -> Iterable[Note]:
     if len(present) > 1:
         rarest = present[np.argmin(counts[present])]
         if counts[rarest] < RARE_SHARE * counts[present].mean():
-            message = f'rarest class in {first.split}: "{names[rarest]}", {counts[rarest]} boxes of {counts.sum()}.'
+            message = (
+                f'rarest class in {first.split}: "{names[rarest]}", {counts[rarest]} boxes of {counts.sum()}. '
+                "Training may show its pictures more often: --balance."
+            )
             yield Note("data.imbalance", "info", message, (names[rarest],))
 
 

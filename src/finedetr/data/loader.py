@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from finedetr.data.balance import draw_epoch, repeat_factors
 from finedetr.data.dataset import Dataset
 from finedetr.data.dense import plan_sample
 from finedetr.data.images import read_image, resize
@@ -83,16 +84,23 @@ class TrainingPictures(TorchDataset[Parcel]):
         seed: int,
         rank: int,
         world: int,
+        balance: float,
     ) -> None:
         self.dataset, self.augmentation, self.windows, self.size = dataset, augmentation, windows, size
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.factors = repeat_factors(dataset, balance) if balance > 0 else None
         self.scratch = Scratch()
         self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
 
     @property
+    def length(self) -> int:
+        """Pictures of an epoch, repeated ones counted; an epoch may have one more."""
+        return len(self.dataset) if self.factors is None else int(self.factors.sum())
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch: whole global batches, at least one."""
-        return max(1, len(self.dataset) // (self.batch * self.world))
+        return max(1, self.length // (self.batch * self.world))
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Which picture stands at each position of an epoch, for all processes together.
@@ -100,10 +108,13 @@ class TrainingPictures(TorchDataset[Parcel]):
         A set that is smaller than one global batch is gone through as often as it takes to fill one.
         """
         if self.latest[0] != epoch:
-            total, needed = len(self.dataset), self.batch * self.world
+            total, needed = self.length, self.batch * self.world
             rng = np.random.default_rng((self.seed, epoch, ORDER))
             rounds = 1 if total >= needed else -(-needed // total)
-            self.latest = (epoch, np.concatenate([rng.permutation(total) for _ in range(rounds)]))
+            drawn = [
+                rng.permutation(total) if self.factors is None else draw_epoch(rng, self.factors) for _ in range(rounds)
+            ]
+            self.latest = (epoch, np.concatenate(drawn))
         return self.latest[1]
 
     def __getitem__(self, key: tuple[int, int]) -> Parcel:
@@ -232,6 +243,7 @@ class TrainingLoader:
     slice of each global batch, so that all of them together see what one process with the whole batch would see.
 
     Attributes:
+        length: Pictures of an epoch.
         steps: Steps of an epoch, the same for every rank. What does not fill a batch is dropped, as published;
             a set smaller than one global batch is repeated to fill one.
         broken: Files that could not be read so far, and how often they were met; other pictures took their place.
@@ -248,8 +260,11 @@ class TrainingLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        balance: float = 0.0,
     ) -> None:
         """Batches of `batch` pictures for each process, of `size` (H, W).
+
+        `balance` is the threshold of `repeat_factors`; 0 has each picture once in an epoch.
 
         Raises:
             ConfigError: A batch, size, seed or rank that cannot be.
@@ -261,10 +276,10 @@ class TrainingLoader:
             )
         self.dataset = dataset
         self.pictures = TrainingPictures(
-            dataset, augmentation, windows, (int(size[0]), int(size[1])), batch, seed, rank, world
+            dataset, augmentation, windows, (int(size[0]), int(size[1])), batch, seed, rank, world, balance
         )
         self.workers = Workers(self.pictures, workers)
-        self.steps = self.pictures.steps
+        self.length, self.steps = self.pictures.length, self.pictures.steps
 
     @property
     def broken(self) -> dict[str, int]:

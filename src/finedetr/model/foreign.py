@@ -151,6 +151,13 @@ def read_official(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{path} is no checkpoint that holds numbers only: {str(error).splitlines()[0]}", code="schema"
         ) from error
+    if isinstance(document, Mapping) and {"format", "finedetr"} <= document.keys():
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        raise ModelError(
+            f"{path} is a state that a run of finedetr goes on from, no weights",
+            code="mismatch",
+            hint=f"Use {run} (its best weights), or a file of {run / 'weights'}.",
+        )
     for step in (("ema", "module"), ("model",), ()):
         found: Any = document
         for key in step:

@@ -58,8 +58,8 @@ class Losses(Mapping[str, Tensor]):
             raise DivergedError(
                 f"{_few([f'{name} is {value}' for name, value in bad.items()])} ({len(bad)} of {len(numbers)} losses)"
                 f"{self._suspects(pictures)}",
-                code="diverged",
                 hint="A lower learning rate, bf16 instead of fp16, or a look at the named pictures helps most often.",
+                losses=bad,
             )
         return numbers
 

@@ -21,7 +21,7 @@ from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision, Updater
 
-__all__ = ["Start", "Student", "build_student"]
+__all__ = ["Start", "Student", "build_student", "freeze"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
         origins = transfer_weights(detector, names, start.weights).rows()
     if start.backbone:
         origins = load_backbone(detector, start.backbone)
-    frozen = _freeze(detector, recipe)
+    frozen = freeze(detector, recipe)
     detector.to(world.device)
     if recipe.channels_last:
         detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -107,7 +107,7 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
     return Student(detector, wrapped, average, optimizer, updater, frozen, tuple(origins))
 
 
-def _freeze(detector: Detector, recipe: Recipe) -> tuple[nn.Module, ...]:
+def freeze(detector: Detector, recipe: Recipe) -> tuple[nn.Module, ...]:
     """Switches off what the recipe does not train; gives the modules that stay in eval mode."""
     still: list[nn.Module] = []
     for name in recipe.freeze:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finedetr.errors import ConfigError, did_you_mean
@@ -21,7 +21,7 @@ from finedetr.supervise.terms import (
 )
 from finedetr.train.recipe import Recipe
 
-__all__ = ["flatten", "from_dict", "to_dict"]
+__all__ = ["flatten", "from_dict", "merge", "to_dict"]
 
 KINDS: dict[type, tuple[type, ...]] = {
     Term: (
@@ -59,6 +59,17 @@ def from_dict(document: Mapping[str, Plain], where: str = "config.json") -> Reci
     return recipe
 
 
+def merge(recipe: Recipe, document: Mapping[str, Plain], where: str) -> Recipe:
+    """The recipe with the values of a document in the place of its own; a list takes the place of a whole list.
+
+    Raises:
+        ConfigError: As `from_dict`.
+    """
+    merged = _merge(recipe, document, where)
+    assert isinstance(merged, Recipe)
+    return merged
+
+
 def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
     """Nested keys joined by dots, as flags are: {"optimizer.lr": 0.0002, "objective.BoxL1.weight": 5.0, ...}."""
     flat: dict[str, Plain] = {}
@@ -77,11 +88,30 @@ def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]
 def _encode(value: object) -> Plain:
     if is_dataclass(value):
         encoded = {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
-        named = any(type(value) in finals for finals in KINDS.values())
-        return {"kind": type(value).__name__, **encoded} if named else encoded
+        return {"kind": type(value).__name__, **encoded} if _is_named(value) else encoded
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
     return value
+
+
+def _is_named(value: object) -> bool:
+    return any(type(value) in finals for finals in KINDS.values())
+
+
+def _merge(value: Any, document: Mapping[str, Plain], where: str) -> Any:
+    kind = type(value)
+    if _is_named(value):
+        if document.get("kind", kind.__name__) != kind.__name__:
+            base = next(base for base, finals in KINDS.items() if kind in finals)
+            return _decode(base, document, where)
+        document = {key: item for key, item in document.items() if key != "kind"}
+    hints, changes = get_type_hints(kind), {}
+    _check_keys(kind, document, where)
+    for key, item in document.items():
+        current, place = getattr(value, key), f"{where}: {key}"
+        inside = is_dataclass(current) and isinstance(item, Mapping)
+        changes[key] = _merge(current, item, place) if inside else _decode(hints[key], item, place)
+    return replace(value, **changes)
 
 
 def _decode(kind: Any, value: Plain, where: str) -> Any:
@@ -137,11 +167,15 @@ def _decode_dataclass(kind: Any, value: Plain, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: a table of {kind.__name__} is wanted, {value!r} came")
     hints = get_type_hints(kind)
-    known = {field.name for field in fields(kind)}
-    for key in value:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}", code="unknown_key", hint=did_you_mean(str(key), known))
+    _check_keys(kind, value, where)
     try:
         return kind(**{key: _decode(hints[key], item, f"{where}: {key}") for key, item in value.items()})
     except TypeError as error:  # a required field is absent
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_keys(kind: Any, document: Mapping[str, Plain], where: str) -> None:
+    known = {field.name for field in fields(kind)}
+    for key in document:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}", code="unknown_key", hint=did_you_mean(str(key), known))

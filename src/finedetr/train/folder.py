@@ -57,6 +57,8 @@ class RunFolder:
                 raise UsageError(f"{root} {what}", code="exists", hint="Use --resume, --overwrite, or another --out.")
             for name in FILES:
                 (folder.root / name).unlink(missing_ok=True)
+            for dump in folder.root.glob("nan_batch*.pt"):
+                dump.unlink()
             for name in FOLDERS:
                 shutil.rmtree(folder.root / name, ignore_errors=True)
         folder.root.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,10 @@ class RunFolder:
     def restart(self) -> Path:
         """The state from which restarts without strong augmentation begin: the best before them."""
         return self.root / "checkpoints" / "restart.pt"
+
+    def bad_batch(self, rank: int = 0) -> Path:
+        """The latest batch whose loss or gradient was not finite, of each process."""
+        return self.root / (f"nan_batch-{rank}.pt" if rank else "nan_batch.pt")
 
     @property
     def best_weights(self) -> Path:

@@ -18,6 +18,7 @@ from finedetr.model.weights import Card, save_weights
 from finedetr.records import Targets
 from finedetr.train.checkpoint import link_state
 from finedetr.train.config import to_dict
+from finedetr.train.dump import Dump
 from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter, Stopwatch, clock
 from finedetr.train.recipe import Recipe
@@ -66,6 +67,7 @@ class Keeper:
                 "losses": {name: round(value, 6) for name, value in report.losses.items()},
                 "seconds": round(p.seconds, 3),
                 "data_wait": round(watch.share("data"), 4),
+                "skipped": p.skipped,
             }
         )
         if not live:
@@ -79,13 +81,37 @@ class Keeper:
     def training_batch(self, window: str, images: Tensor, targets: Targets, names: tuple[str, ...]) -> None:
         """A sheet of the first batch of each kind of augmentation, as the detector gets it."""
         path = self.folder.samples / f"train_{window}.jpg"
-        if path.is_file():
-            return
+        if not path.is_file():
+            self._sheet(path, images, targets, names)
+
+    def skipped(self, p: Progress, dump: Dump, path: Path) -> None:
+        """A step that was passed over: one line, and with the first one in a row a sheet of the batch."""
+        self.folder.append(
+            {
+                "kind": "skipped",
+                "epoch": p.epoch,
+                "step": p.total + 1,
+                "message": dump.message,
+                "losses": {name: str(value) for name, value in dump.losses.items()},  # JSON has no NaN
+                "pictures": list(dump.pictures),
+                "in_a_row": p.skipped_in_a_row,
+                "skipped": p.skipped,
+            }
+        )
+        where = ""
+        if p.skipped_in_a_row == 1:
+            self._sheet(self.folder.samples / "nan_batch.jpg", dump.images, dump.targets, dump.pictures)
+            where = f"; the batch is in {path}"
+        count = f"{p.skipped_in_a_row} in a row, {p.skipped} in all"
+        self.reporter.warn(f"step {p.total + 1} is passed over ({count}): {dump.message}{where}")
+
+    def _sheet(self, path: Path, images: Tensor, targets: Targets, names: tuple[str, ...]) -> None:
+        """The first pictures of a batch with their boxes."""
         r = self.recipe
         if r.mean and r.std:
             shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (r.mean, r.std))
             images = images * scale + shift
-        shown = (images[:SHOWN] * 255).round().clamp(0, 255).byte().cpu()
+        shown = (images[:SHOWN] * 255).round().nan_to_num(0).clamp(0, 255).byte().cpu()
         counts = targets.counts[: len(shown)]
         rows = slice(0, sum(counts))
         own = Targets(targets.labels[rows].cpu(), targets.boxes[rows].cpu(), targets.image[rows].cpu(), counts)
@@ -161,6 +187,7 @@ class Keeper:
             "seconds": round(p.seconds, 1),
             "seconds_left": round(self._left(p), 1),
             "best_ap": p.best if p.best >= 0 else None,
+            "skipped": p.skipped,
             "message": message,
         }
         self.folder.write_json(self.folder.status, document)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,9 +18,11 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.records import Batch
 from finedetr.train.build import Start, build_student
+from finedetr.train.callbacks import Callback, Callbacks, State
 from finedetr.train.checkpoint import link_state, load_state, save_state
 from finedetr.train.distributed import World
 from finedetr.train.folder import RunFolder
+from finedetr.train.guard import Guard
 from finedetr.train.interrupt import Interruption
 from finedetr.train.keep import Keeper
 from finedetr.train.log import Reporter, Stopwatch
@@ -29,7 +30,7 @@ from finedetr.train.plan import Plan, epochs_in_time, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Source, StepReport, generator_for
+from finedetr.train.step import StepReport
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -67,6 +68,7 @@ class Run:
         world: This process among the others.
         reporter: Who says what happens.
         start: What it begins with instead of random numbers.
+        callbacks: Functions of a user, called in the main process.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class Run:
         world: World,
         reporter: Reporter,
         start: Start | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
+        self.callbacks = callbacks or Callbacks()
         self.watch = Stopwatch()
         self.saved_at = time.monotonic()
         self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
@@ -87,9 +91,12 @@ class Run:
         self.loader: TrainingLoader | None = None
         self.plan = Plan(recipe, recipe.epochs, 1)
         self._plan_for(recipe.epochs)
-        self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
+        self.progress = Progress(
+            epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps, accumulate=recipe.accumulate
+        )
         self.student = build_student(recipe, self.plan, data.train.categories.names, world, start or Start())
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
+        self.guard = Guard(self.student, self.keeper, world)
 
     def _plan_for(self, epochs: int) -> None:
         """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
@@ -107,6 +114,7 @@ class Run:
                 recipe.seed,
                 self.world.rank,
                 self.world.size,
+                recipe.balance,
             )
             self.on_device = OnDevice(
                 recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std
@@ -162,6 +170,7 @@ class Run:
     def _save(self) -> None:
         if self.world.main:
             save_state(self.folder.last, self._state())
+            self._call(self.callbacks.on_save, path=self.folder.last)
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -181,13 +190,14 @@ class Run:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM came; everything is saved.
-            DivergedError: A loss or gradient is not finite; names the term, the stage and the pictures.
+            DivergedError: Losses or gradients were not finite too often; names the term, the stage and the pictures.
         """
         p = self.progress
         interruption = Interruption()
         self._status("running")
         try:
             with interruption:
+                self._call(self.callbacks.on_start)
                 while p.epoch < p.epochs and not self.out_of_time and not self._patience_is_over():
                     if p.step == 0 and p.restarts == 0 and self.plan.restarts_at(p.epoch):
                         self._restart()
@@ -196,19 +206,21 @@ class Run:
                         self._end_epoch()
                     self._stop_if_asked(interruption)
         except BaseException as error:
-            self._status("interrupted" if interruption.requested else "failed", str(error))
+            outcome: Literal["interrupted", "failed"] = "interrupted" if interruption.requested else "failed"
+            self._status(outcome, str(error))
+            self._call(self.callbacks.on_end, evaluation=self.keeper.best, outcome=outcome)
             raise
         finally:
             self.close()
             self.reporter.stop()
         self._status("finished")
+        self._call(self.callbacks.on_end, evaluation=self.keeper.best, outcome="finished")
         return Result(self.folder.root, self.keeper.best, p.epoch, p.total, p.seconds)
 
     def _epoch(self, interruption: Interruption) -> None:
         """Steps until the epoch is over, somebody asks to stop, or the plan changes."""
-        p, s, recipe = self.progress, self.student, self.recipe
+        p, s = self.progress, self.student
         assert self.loader is not None
-        objective = recipe.objective_at(p.epoch)
         s.train()
         self.watch.lap("between")
         for batch in self.loader.epoch(p.epoch, first_step=p.step):
@@ -217,22 +229,14 @@ class Run:
             images, targets = self.on_device(batch, epoch=p.epoch, step=p.step)
             if p.step == 0 and self.world.main:
                 self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
-            report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
+            report = self.guard(images, targets, batch.names, p)
             p.step += 1
             p.total += 1
             p.seconds += self.watch.lap("step")
-            self._tell(report, rate, batch)
+            if report is not None:
+                self._tell(report, rate, batch)
             if self._wants_to_leave(interruption):
                 return
-
-    def _sources(self) -> tuple[Source, ...]:
-        """Where query groups come from in this step."""
-        p, recipe = self.progress, self.recipe
-        generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
-        if not recipe.denoise:
-            return ()
-        classes = len(self.data.train.categories)
-        return (partial(recipe.denoising, classes=classes, generator=generator),)
 
     def _wants_to_leave(self, interruption: Interruption) -> bool:
         """Saves when it is time to; says whether the epoch has to be left before its end. The same on all processes."""
@@ -279,6 +283,14 @@ class Run:
             return self._shorten(epochs_in_time(p.limit, 1.0, each * p.steps + evaluation, budget))
         return False
 
+    def _epochs_in_time(self) -> int:
+        """Epochs that fit into the time budget, at the speed so far; as planned where there is none."""
+        p = self.progress
+        if not self.recipe.max_time:
+            return p.epochs
+        (seconds,) = self.world.largest([p.seconds])
+        return epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+
     def _shorten(self, epochs: int) -> bool:
         """Plans for another number of epochs; whether the loader had to change for it."""
         p = self.progress
@@ -296,7 +308,8 @@ class Run:
     def _end_epoch(self) -> None:
         """Evaluates, keeps what is best, plans anew, saves."""
         p = self.progress
-        better, evaluated = False, self.plan.evaluates_after(p.epoch) or self.out_of_time
+        last = self.out_of_time or self._epochs_in_time() <= p.epoch + 1
+        better, evaluated = False, last or self.plan.evaluates_after(p.epoch)
         if evaluated:
             self.watch.lap("between")
             better = self._evaluate()
@@ -304,8 +317,7 @@ class Run:
             p.seconds += p.evaluating
         p.epoch, p.step = p.epoch + 1, 0
         if self.recipe.max_time:
-            (seconds,) = self.world.largest([p.seconds])
-            fit = epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+            fit = self._epochs_in_time()
             # late in the run only shorter, unless the first steps had been so slow that much of the time is left
             if p.done < p.epochs / 2 or fit < p.epochs or fit > 1.5 * p.epochs:
                 self._shorten(fit)
@@ -314,6 +326,7 @@ class Run:
         if self.world.main and better:  # the best first: a crash in between leaves a state that does it again
             save_state(self.folder.best, self._state())
             link_state(self.folder.best, self.folder.last)
+            self._call(self.callbacks.on_save, path=self.folder.best)
             self.saved_at = time.monotonic()
         else:
             self._save()
@@ -347,6 +360,7 @@ class Run:
             p.best, p.best_epoch = evaluation.ap, p.epoch
         if self.world.main:
             self.keeper.evaluation(detector, evaluation, evaluator, p, better=better)
+            self._call(self.callbacks.on_eval, evaluation=evaluation)
         self.last_ap = evaluation.ap
         return better
 
@@ -387,6 +401,27 @@ class Run:
         p = self.progress
         if self.world.main:
             self.keeper.step(p, report, rate, self.watch, pictures=len(batch.names) * self.world.size)
+            self._call(self.callbacks.on_step, losses=report.losses, rate=rate)
+
+    def _call(self, callback: Callback | None, **news: Any) -> None:
+        """Tells a user's function how things stand, and the news of this moment."""
+        if callback is None or not self.world.main:
+            return
+        p, s = self.progress, self.student
+        state = State(
+            folder=self.folder.root,
+            recipe=self.recipe,
+            epoch=p.epoch,
+            epochs=p.epochs,
+            step=p.total,
+            steps=p.epochs * p.steps,
+            seconds=p.seconds,
+            best_ap=p.best if p.best >= 0 else None,
+            detector=s.detector,
+            average=s.average.model,
+            **news,
+        )
+        callback(state)
 
 
 def workers_for(recipe: Recipe, device: torch.device) -> int:

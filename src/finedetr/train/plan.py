@@ -10,7 +10,7 @@ from finedetr.errors import ConfigError
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import Curve
 
-__all__ = ["Plan", "epochs_in_time", "share_of"]
+__all__ = ["Plan", "epochs_in_time", "more_parts", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def share_of(batch: int, processes: int, accumulate: int) -> int:
             hint=f"The nearest batches that can are {low} and {low + parts}.",
         )
     return batch // processes
+
+
+def more_parts(pictures: int, parts: int) -> int | None:
+    """At least twice as many parts for the pictures of one process, equal ones; None where each has one picture."""
+    return next((more for more in range(2 * parts, pictures + 1) if pictures % more == 0), None)
 
 
 def epochs_in_time(planned: int, done: float, spent: float, budget: float) -> int:

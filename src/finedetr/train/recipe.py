@@ -209,10 +209,15 @@ class Recipe:
             (Varifocal(), BoxL1(), BoxGIoU(), FineGrainedLocalization(), LocalizationDistillation()), UnionOfStages()
         )
     )
+    balance: float = 0.0
+    """Pictures with a class that stands in less than this share of them come more often in an epoch (repeat-factor
+    sampling; LVIS: 0.001, small sets: such as 0.1). 0 is off."""
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     patience: int = 0
     """Stop after so many evaluations without a better AP; 0 is off."""
+    diverged_after: int = 10
+    """A step whose loss or gradient is not finite is passed over; so many in a row end the run."""
     max_time: float = 0.0
     """Seconds that the run may take; the schedule is shortened to end in time. 0 is off."""
     workers: int | None = None
@@ -241,6 +246,7 @@ class Recipe:
             ("epochs", 1),
             ("accumulate", 1),
             ("patience", 0),
+            ("diverged_after", 1),
             ("max_time", 0),
             ("seed", 0),
             ("log_every", 1),
@@ -255,6 +261,8 @@ class Recipe:
             )
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr: a number above 0 is wanted, {self.lr} came", code="range")
+        if not 0 <= self.balance <= 1:
+            raise ConfigError(f"balance: a share of the pictures, 0 to 1, is wanted, {self.balance} came", code="range")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std go together: give both or neither", code="conflict")
 

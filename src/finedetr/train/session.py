@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finedetr._version import __version__
+from finedetr.data.balance import repeat_factors
 from finedetr.data.doctor import Report, check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
 from finedetr.train.build import Start
+from finedetr.train.callbacks import Callbacks
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder
@@ -23,9 +25,9 @@ from finedetr.train.plan import share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision
 
-__all__ = ["Request", "begin", "open_data", "resume", "saved_recipe"]
+__all__ = ["Request", "balance_line", "begin", "open_data", "resume", "saved_recipe"]
 
-FREE = ("epochs", "workers", "patience", "max_time", "log_every", "evaluating.", "saving.")
+FREE = ("epochs", "workers", "patience", "diverged_after", "max_time", "log_every", "evaluating.", "saving.")
 """What a resumed run may change: nothing of it touches the weights of a step that is done."""
 
 
@@ -44,6 +46,7 @@ class Request:
     device: str = "auto"
     overwrite: bool = False
     quiet: bool = False
+    derived: tuple[str, ...] = ()  # numbers of the recipe that an earlier run had derived (--config)
 
     def __post_init__(self) -> None:
         _ = self.start  # what cannot be is refused before anything is read or written
@@ -83,12 +86,15 @@ def open_data(path: Path, train: str = "train", val: str = "val", layout: str | 
     return Data(training, held_out)
 
 
-def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> Result:
+def begin(
+    request: Request, tell: Callable[[Reporter], None] | None = None, callbacks: Callbacks | None = None
+) -> Result:
     """Trains from the first step.
 
     Args:
         request: What is asked for.
         tell: Says more at the start, such as where the numbers come from.
+        callbacks: Functions of a user.
     """
     with open_world(request.device) as world:
         data = open_data(request.data, request.train_split, request.val_split, request.layout)
@@ -108,7 +114,9 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
                 tell(reporter)
-            run = Run(recipe, data, folder, world, reporter, request.start)
+            run = Run(recipe, data, folder, world, reporter, request.start, callbacks)
+            if recipe.balance:
+                reporter.line(balance_line(recipe, data))
             for what, which in run.student.origins:
                 reporter.line(f"weights: {what:8} {which}")
             return _through(run, reporter)
@@ -121,6 +129,7 @@ def resume(
     data: Path | None = None,
     device: str = "auto",
     quiet: bool = False,
+    callbacks: Callbacks | None = None,
 ) -> Result:
     """Goes on with a run where its last state stands.
 
@@ -130,6 +139,7 @@ def resume(
         data: Where the data set is now; None: where it was.
         device: As in `begin`.
         quiet: As in `begin`.
+        callbacks: As in `begin`; a run does not remember those that it was begun with.
 
     Raises:
         ModelError: The folder holds no run, or no state of it.
@@ -145,7 +155,7 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            run = Run(recipe, opened, folder, world, reporter)
+            run = Run(recipe, opened, folder, world, reporter, callbacks=callbacks)
             try:
                 run.resume()
             except BaseException:
@@ -230,6 +240,16 @@ def _introduce(reporter: Reporter, data: Data, report: Report, world: World, fol
         reporter.warn("there is no split for evaluation: the last weights count as the best")
 
 
+def balance_line(recipe: Recipe, data: Data) -> str:
+    """What balancing does to an epoch of this data."""
+    factors = repeat_factors(data.train, recipe.balance)
+    more = int((factors > 1).sum())
+    return (
+        f"balance {recipe.balance:g}: {more} of {len(factors)} pictures come more often, at most {factors.max():.1f} "
+        f"times; an epoch has {int(factors.sum())} pictures"
+    )
+
+
 def _class_table(data: Data) -> list[dict[str, Any]]:
     categories = data.train.categories
     return [
@@ -267,7 +287,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
         },
         "weights": str(request.weights) if request.weights else None,
         "backbone_weights": str(request.backbone_weights) if request.backbone_weights else None,
-        "derived": sorted(k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v),
+        "derived": sorted({k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v} | {*request.derived}),
         "recipe": to_dict(recipe),
     }
     folder.write_json(folder.config, document)

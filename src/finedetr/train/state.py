@@ -29,10 +29,13 @@ class Progress:
     best: float = -1.0  # AP
     best_epoch: int = -1
     stale: int = 0  # evaluations since the best
+    accumulate: int = 1  # parts of a batch: the recipe's, more where memory was too small for these
     seconds: float = 0.0  # spent on steps and evaluations
     evaluating: float = 0.0  # seconds of the last evaluation
     restarts: int = 0
     since_restart: float = -1.0  # the best AP since then; -1: none yet
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # ... that came right before this moment
     finished: bool = False
 
     @property

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from finedetr.errors import DivergedError, UsageError
+from finedetr.errors import DivergedError, RunError, UsageError
 from finedetr.records import QueryGroup, Targets
 from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 
-__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "parts_of", "step"]
+__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "out_of_memory", "parts_of", "step"]
 
 Source = Callable[[Targets], QueryGroup]
 NOISE = 3  # the stream of random numbers, beside those of the loader
@@ -114,6 +115,7 @@ class Updater:
         self.precision, self.world, self.clip = precision, world, clip
         self.scaler = precision.scaler()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.statistics = Statistics(student)
         self.overflows = 0
 
     def __call__(
@@ -131,50 +133,109 @@ class Updater:
         batch gives, up to the norms' statistics and the union over stages.
 
         Raises:
-            DivergedError: A loss or gradient is not finite; nothing was changed.
+            DivergedError: A loss or gradient is not finite, in this process or in another; all of them raise it, and
+                nothing was changed.
+            torch.OutOfMemoryError: On the way to the gradient; nothing was changed, and more parts may help.
+            RunError: Out of memory in the update, which cannot be repeated.
         """
-        parts = parts_of(images, targets, names, accumulate)
+        self.statistics.keep()
+        try:
+            total, fault = self._backward(parts_of(images, targets, names, accumulate), sources, objective)
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.statistics.bring_back()
+            raise
+        try:
+            return StepReport(total, self._update(fault, names))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, len(images)) from error
+
+    def _backward(
+        self, parts: tuple[Part, ...], sources: tuple[Source, ...], objective: Objective
+    ) -> tuple[dict[str, float], DivergedError | None]:
+        """The gradient of all parts. A fault is given, not raised: the other processes wait for this one's gradient."""
         counts = self.world.total([float(len(part.targets)) for part in parts]) if len(parts) > 1 else [1.0]
         floor = float(self.world.size)  # the objective divides by one target a process at least
         total: dict[str, float] = {}
+        fault: DivergedError | None = None
         for index, part in enumerate(parts):
             share = max(counts[index], floor) / max(sum(counts), floor) if len(parts) > 1 else 1.0
             with self._no_sync(last=index == len(parts) - 1):
                 losses = step(self.student, part.images, part.targets, sources, objective, self.precision)
                 self.scaler.scale(losses.total * share).backward()
-            for name, value in losses.by_name(part.names).items():
+            try:
+                values = losses.by_name(part.names)
+            except DivergedError as error:
+                fault = fault or error
+                continue
+            for name, value in values.items():
                 total[name] = total.get(name, 0.0) + share * value
-        return StepReport(total, self._update(names))
+        return total, fault
 
-    def _update(self, names: tuple[str, ...]) -> float:
+    def _update(self, fault: DivergedError | None, names: tuple[str, ...]) -> float:
         self.scaler.unscale_(self.optimizer)
         limit = self.clip if self.clip > 0 else float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
-        finite = np.isfinite(norm)
-        if not finite and self.precision.name != "fp16":
-            self.optimizer.zero_grad(set_to_none=True)
-            raise DivergedError(
-                f"the gradient's norm is {norm}, all losses are finite; pictures: {', '.join(names[:8])}",
-                code="diverged",
-                hint="A lower learning rate, or a look at the named pictures helps most often.",
-            )
-        self.overflows = 0 if finite else self.overflows + 1
-        if self.overflows > OVERFLOWS:
-            raise DivergedError(
-                f"{OVERFLOWS} steps in a row overflowed in fp16", code="diverged", hint="Use --precision bf16 or fp32."
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        finite = bool(np.isfinite(norm))
+        (faults,) = self.world.total([float(fault is not None)])
+        if faults:
+            fault = fault or DivergedError("a loss of another process is not finite; this one's are")
+        elif not finite:
+            fault = self._overflow(norm, names)
+        else:
+            self.overflows = 0
+        if fault is None:
+            self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if fault is not None:
+            self.statistics.bring_back()
+            raise fault
         if finite:
             self.average.update()
         return norm
+
+    def _overflow(self, norm: float, names: tuple[str, ...]) -> DivergedError | None:
+        """What a gradient that is not finite means; in fp16 the scaler passes over a few of them."""
+        if self.precision.name != "fp16":
+            return DivergedError(
+                f"the gradient's norm is {norm}, all losses are finite; pictures: {', '.join(names[:8])}",
+                hint="A lower learning rate, or a look at the named pictures helps most often.",
+            )
+        self.overflows += 1
+        if self.overflows <= OVERFLOWS:
+            return None
+        return DivergedError(f"{OVERFLOWS} steps in a row overflowed in fp16", hint="Use --precision bf16 or fp32.")
 
     def _no_sync(self, *, last: bool) -> AbstractContextManager[object]:
         """Gradients travel between processes once, with the last part."""
         if isinstance(self.student, DistributedDataParallel) and not last:
             return self.student.no_sync()
         return nullcontext()
+
+
+class Statistics:
+    """The running statistics of a module's norms: all that a forward pass changes. A bad batch must not stay in them.
+
+    Args:
+        module: Its norms must stay the same objects.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def keep(self) -> None:
+        """Remembers them as they are."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    def bring_back(self) -> None:
+        """Makes them what they were at the last `keep`."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
 
 
 @dataclass(frozen=True)
@@ -205,6 +266,15 @@ def parts_of(
         )
         cut.append(Part(images[first : first + size], own, names[first : first + size]))
     return tuple(cut)
+
+
+def out_of_memory(error: BaseException, pictures: int) -> RunError:
+    """What to raise where nothing helps but the user, with `pictures` in memory at a time."""
+    return RunError(
+        f"out of memory with {pictures} pictures at a time: {str(error).splitlines()[0]}",
+        code="oom",
+        hint="More parts of the same batch (--accumulate), a smaller --batch or --size, or another --precision.",
+    )
 
 
 def generator_for(seed: int, epoch: int, number: int, rank: int, device: torch.device) -> torch.Generator:
