@@ -150,7 +150,7 @@ def train(
     """Trains or fine-tunes a detector, as `finedetr train` does.
 
     Args:
-        data: Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML.
+        data: Folder of a data set (COCO, YOLO, VOC, CSV), or its JSON, YAML or CSV.
         model: Name of a model; None: that of `weights`, else dfine-s.
         out: Folder of the run; None: runs/DATA-MODEL.
         recipe: A name, or a `Recipe` as it shall be.
@@ -159,7 +159,7 @@ def train(
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
-        layout: coco, yolo or voc, where the data could be read as several.
+        layout: coco, yolo, voc or csv, where the data could be read as several.
         train_split: Split to train on.
         val_split: Split to evaluate on.
         **settings: Fields of the recipe: `epochs=72, batch=16, size=(384, 640)`; nested ones as mappings:

@@ -19,7 +19,7 @@ VERBS: dict[str, str] = {
     "eval": "measure weights on a data set (also: val)",
     "predict": "detect in pictures, folders, globs",
     "demo": "the whole main job on pictures that it draws itself",
-    "data": "data check PATH: what would be trained on, and what is wrong with it",
+    "data": "data check PATH: what is wrong with a data set; data convert: another layout",
     "models": "the table of models",
     "info": "what a weight file or a run holds",
     "env": "versions, devices and variables, to paste into a report",

@@ -37,7 +37,7 @@ class Eval:
     split: str = "val"
     """Its split."""
     layout: str | None = None
-    """coco, yolo or voc, where the data set could be read as several."""
+    """coco, yolo, voc or csv, where the data set could be read as several."""
     batch: int = 8
     """Pictures at a time."""
     size: tuple[int, int] | None = None

@@ -43,7 +43,7 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     known = split_files(root)
     if split not in known:
         raise DataError(f"{root} has no split {split!r}", code="split", hint=did_you_mean(split, known))
-    names = [line.split()[0] for line in known[split].read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_list(root, known[split])
     if not names:
         raise DataError(f"{known[split]} names no pictures", code="empty_split")
     repeated = len(names) - len(set(names))
@@ -77,6 +77,17 @@ def read(root: Path, split: str, evidence: str) -> Draft:
         where=lambda row: places[row],
         notes=tuple(notes),
     )
+
+
+def read_list(root: Path, file: Path) -> list[str]:
+    """Names in a split's file. A mark may follow a name (`2008_000008 -1`); a name that exists may hold spaces."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})", code="split", hint="A list is UTF-8 text.") from error
+    return [
+        line if (root / "Annotations" / f"{line}.xml").is_file() else line.split()[0] for line in lines if line.strip()
+    ]
 
 
 def picture_files(root: Path, names: list[str]) -> tuple[str, ...]:
