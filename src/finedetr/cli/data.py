@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from finedetr.data.convert import convert, deal
 from finedetr.data.dataset import listed
 from finedetr.data.doctor import check
 from finedetr.data.formats import list_splits, open_dataset
+from finedetr.data.hugging_face import is_hugging_face, unpack
 from finedetr.errors import DataError, UsageError, did_you_mean
 
 ACTIONS = ("check", "convert")
@@ -45,7 +47,7 @@ class Convert:
     """Write a data set in another layout. What the layout cannot hold is counted; nothing is ever overwritten."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of a data set, or its JSON, YAML or CSV."""
+    """Folder of a data set, its JSON, YAML or CSV; of Hugging Face's datasets a saved folder or hf://owner/name."""
     out: Annotated[Path, tyro.conf.Positional]
     """A folder that does not exist yet."""
     to: Literal["coco", "yolo", "voc", "csv"]
@@ -104,7 +106,15 @@ def _check(flags: Check) -> dict[str, Any] | None:
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:
-    source = Path(flags.source)
+    if not is_hugging_face(flags.source):
+        return _rewrite(Path(flags.source), flags)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=flags.out.parent, prefix=".unpacked-") as folder:
+        unpack(flags.source, Path(folder))
+        return _rewrite(Path(folder), replace(flags, layout="coco", link=False))
+
+
+def _rewrite(source: Path, flags: Convert) -> dict[str, Any] | None:
     names = list_splits(source, flags.layout)
     splits = [open_dataset(source, split, layout=flags.layout) for split in names]
     if flags.split is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from finedetr.data.dataset import Dataset, finish
 from finedetr.data.formats import coco, table, voc, yolo
+from finedetr.data.hugging_face import is_hugging_face
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -63,6 +64,12 @@ def sniff(root: Path, layout: str | None = None) -> tuple[str, str]:
     """The layout of a path and the evidence for it; DataError where there is none, or more than one."""
     if layout is not None and layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}", code="layout", hint=did_you_mean(layout, LAYOUTS))
+    if is_hugging_face(str(root)) or str(root).startswith("hf:"):
+        raise DataError(
+            f"{root} belongs to Hugging Face's datasets, whose pictures are no files",
+            code="layout",
+            hint="Write it out first: finedetr data convert SOURCE OUT --to coco",
+        )
     if not root.exists():
         raise DataError(
             f"{root} does not exist", code="none", hint="Give the folder of a data set, or its JSON or YAML."
