@@ -53,26 +53,31 @@ class Model:
     def __call__(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
-    ) -> Detections | list[Detections]:
-        """Detects in a picture (one `Detections`), or in a folder, a glob or a list (a list of them)."""
-        return self._predictor(source, threshold, batch, nms=nms)
+        tile: int | None = None,
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detects in a picture (one `Detections`), in a folder, a glob or a list (a list), in a video (an iterator).
+
+        `threshold` None: the weights' own, or 0.4. `tile`: the side of the tiles that larger pictures are cut into.
+        """
+        return self._predictor(source, threshold, batch, nms=nms, tile=tile)
 
     predict = __call__
 
     def stream(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
+        tile: int | None = None,
     ) -> Iterator[Detections]:
         """The same one after the other, in little memory."""
-        return self._predictor.stream(source, threshold, batch, nms=nms)
+        return self._predictor.stream(source, threshold, batch, nms=nms, tile=tile)
 
     def evaluate(
         self, data: str | Path, split: str = "val", *, batch: int = 8, workers: int = 2, layout: str | None = None

@@ -17,7 +17,7 @@ __all__ = ["main"]
 VERBS: dict[str, str] = {
     "train": "train or fine-tune a detector, or go on with a run",
     "eval": "measure weights on a data set (also: val)",
-    "predict": "detect in pictures, folders, globs",
+    "predict": "detect in pictures, folders, addresses, videos",
     "demo": "the whole main job on pictures that it draws itself",
     "data": "data check PATH: what is wrong with a data set; data convert: another layout",
     "models": "the table of models",
