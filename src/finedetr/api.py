@@ -12,6 +12,7 @@ import torch
 from finedetr.data.formats import open_dataset
 from finedetr.detections import Detections
 from finedetr.errors import did_you_mean
+from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Precision
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
@@ -82,9 +83,9 @@ class Model:
     def evaluate(
         self, data: str | Path, split: str = "val", *, batch: int = 8, workers: int = 2, layout: str | None = None
     ) -> Evaluation:
-        """COCO's numbers on a split of a data set; classes are matched by name."""
+        """COCO's numbers on a split of a data set, and what goes wrong (`diagnosis`); classes are matched by name."""
         card = self.card
-        evaluation, _ = evaluate_detector(
+        evaluation, evaluator = evaluate_detector(
             self._predictor.detector,
             open_dataset(data, split, layout=layout),
             card.size,
@@ -95,7 +96,7 @@ class Model:
             std=card.std,
             names=card.names,
         )
-        return evaluation
+        return replace(evaluation, diagnosis=diagnose(evaluator))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from finedetr.errors import DataError, UsageError
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Detection", "Detections", "annotate", "class_color"]
+__all__ = ["THRESHOLD", "Detection", "Detections", "annotate", "class_color"]
+
+THRESHOLD = 0.4  # of scores, where nobody names another
 
 Color = tuple[int, int, int]
 

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from finedetr.data.dataset import Categories, Dataset
 from finedetr.data.images import resize
 from finedetr.data.loader import EvaluationLoader
-from finedetr.detections import Detections
+from finedetr.detections import THRESHOLD, Detections
 from finedetr.errors import DataError, FineDETRError, RunError, UsageError
 from finedetr.evaluate.address import is_address
 from finedetr.evaluate.coco import Evaluator
@@ -35,7 +35,6 @@ __all__ = ["Predictor", "evaluate_detector"]
 
 log = logging.getLogger("finedetr.evaluate")
 Loaded: TypeAlias = "tuple[Source | Frame, NDArray[np.uint8], Tensor]"
-THRESHOLD = 0.4  # of scores, where neither the caller nor the weights' card names one
 
 
 class Predictor:
