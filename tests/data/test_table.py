@@ -82,7 +82,13 @@ def test_a_fault_names_file_and_line(tmp_path: Path, text: str, code: str, messa
 def test_another_encoding_is_an_error(tmp_path: Path) -> None:
     file = table(tmp_path, HEADER)
     file.write_bytes(HEADER.encode() + "a.jpg,1,2,30,40,Fluß\n".encode("latin-1"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read after line 1"):
+        open_dataset(file)
+    file.write_text(f'{HEADER}a.jpg,1,2,3,4,"dog\na.jpg,1,2,3,4,cat\n')
+    with pytest.raises(DataError, match="cannot be read after line 1"):  # a quote that is never closed
+        open_dataset(file)
+    file.write_text(f"{HEADER}a.jpg,1,2,3,4,{'x' * 200_000}\n")
+    with pytest.raises(DataError, match="field limit"):
         open_dataset(file)
     with pytest.raises(DataError, match="no known layout"):
         open_dataset(write(tmp_path / "other" / "results.csv", "epoch,loss\n1,2\n").parent)

@@ -37,7 +37,7 @@ class Check:
     strict: bool = False
     """Pictures that stand in two splits are an error."""
     deep: bool = False
-    """Read every file, to find pictures with the same bytes."""
+    """Read and decode every file, to find broken pictures and those with the same bytes."""
     json: bool = False
     """Print one JSON document."""
 
@@ -89,7 +89,9 @@ def _check(flags: Check) -> dict[str, Any] | None:
     if not flags.json:
         output(splits[0].evidence)
         names = splits[0].categories
-        table = ", ".join(f"{i} -> {n} {name}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True)))
+        table = ", ".join(
+            f"{i} -> {n} {_plain(name)}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True))
+        )
         output(f"classes (id -> index name): {table}")
         for fact in report.facts:
             output(
@@ -103,6 +105,11 @@ def _check(flags: Check) -> dict[str, Any] | None:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."))
     return {"result": report.to_json(), "warnings": []} if flags.json else None
+
+
+def _plain(name: str) -> str:
+    """A name that cannot steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in name)
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:

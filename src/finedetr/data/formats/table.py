@@ -151,15 +151,17 @@ def read_rows(file: Path) -> Iterator[Row]:
             code="keys",
             hint=f"Such as: {','.join(NEEDED)}. Corners are pixels from the upper left.",
         )
+    line = 1
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
-            reader = csv.reader(stream, delimiter=delimiter(first))
+            reader = csv.reader(stream, delimiter=delimiter(first), strict=True)
             for cells in reader:
+                line = reader.line_num + 1
                 if any(cell.strip() for cell in cells):
-                    yield parse(cells, columns, file, reader.line_num + 1)
+                    yield parse(cells, columns, file, line)
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise DataError(f"{file}: cannot be read ({error})", code="csv", hint="A CSV is UTF-8 text.") from error
+        raise DataError(f"{file}: cannot be read after line {line} ({error})", code="csv") from error
 
 
 def parse(cells: list[str], columns: dict[str, int], file: Path, line: int) -> Row:

@@ -106,7 +106,7 @@ def parse(file: Path) -> ElementTree.Element | None:
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{file}:{line}:{column}: not valid XML ({error})", code="xml") from error
-    except OSError as error:
+    except (OSError, LookupError, ValueError) as error:  # an encoding that nobody knows, or that expat cannot read
         raise DataError(f"{file}: cannot be read ({error})", code="xml") from error
 
 
@@ -130,9 +130,9 @@ def size_of(tree: ElementTree.Element | None) -> tuple[int, int]:
         return 0, 0
     try:
         width, height = int(float(size.findtext("width") or 0)), int(float(size.findtext("height") or 0))
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0, 0
-    return (width, height) if width > 0 and height > 0 else (0, 0)
+    return (width, height) if min(width, height) > 0 and max(width, height) < 1 << 20 else (0, 0)
 
 
 def read_objects(
@@ -149,7 +149,7 @@ def read_objects(
             label = (item.findtext("name") or "").strip()
             if not label:
                 raise DataError(f"{place}: has no name", code="keys")
-            difficult = (item.findtext("difficult") or "0").strip() not in ("", "0")
+            difficult = (item.findtext("difficult") or "").strip().lower() in ("1", "true", "yes")
             rows.append((picture, index_of[label], *corners(item, place), difficult))
             places.append(place)
     return rows, places
