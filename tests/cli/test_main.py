@@ -98,6 +98,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data"], 2, "data needs an action"),
         (["data", "chekc"], 2, "Did you mean check"),
         (["data", "check", "nowhere"], 3, "data.none"),
+        (["data", "check", "nowhere", "--size", "0", "64"], 2, "at least 1"),
+        (["data", "convert", "nowhere", "x", "--to", "coco"], 3, "data.none"),
         (["info", "nowhere"], 4, "model.not_found"),
         (["models", "show"], 2, "use.verb"),
         (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -75,6 +78,28 @@ def test_tiles_and_numbers_out_of_range(
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "5")) == 2
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--format", "xml")) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are any bytes on Linux only")
+def test_a_name_that_is_no_text(weights: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (90, 70), (100, 90, 20)).save(folder / "a.jpg")
+    os.rename(folder / "a.jpg", os.fsencode(folder) + b"/\xff\n.jpg")
+    for kind in ("json", "coco", "csv", "yolo"):
+        done = subprocess.run(
+            [sys.executable, "-m", "finedetr", *words(weights, folder, tmp_path / kind, "--format", kind)],
+            capture_output=True,
+            check=True,
+        )
+        path = json.loads(done.stdout)["path"]
+        assert os.path.isfile(path)
+        assert json.loads((tmp_path / kind / "predictions.jsonl").read_text(encoding="utf-8"))["path"] == path
+
+
+def test_a_source_of_no_letters(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", weights, "", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "nothing came" in capsys.readouterr().err
 
 
 def test_a_video_becomes_lines_and_an_annotated_video(

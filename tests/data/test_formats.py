@@ -383,9 +383,16 @@ def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
         ({"categories": [{"id": 10**30, "name": "a"}], "annotations": []}, "data.keys"),
         ({"annotations": one(bbox=[10**400, 1, 2, 3])}, "data.box"),
         ({"annotations": one(area=10**400)}, "data.box"),
+        ({"categories": [{"id": 5, "name": "\ud800"}], "annotations": one()}, "data.class_names"),
+        ({"images": [{"id": 7, "file_name": "a\0.jpg"}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": "\ud800.jpg"}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": "a" * 6000}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": ""}], "annotations": one()}, "data.missing_image"),
     ],
 )
-def test_numbers_that_no_machine_holds_are_refused(tmp_path: Path, changes: dict[str, Any], code: str) -> None:
+def test_numbers_and_names_that_no_machine_holds_are_refused(
+    tmp_path: Path, changes: dict[str, Any], code: str
+) -> None:
     with pytest.raises(DataError) as caught:
         open_dataset(coco(tmp_path, content(**changes)))
     assert caught.value.code == code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +100,7 @@ def test_nothing_found_and_a_class_without_boxes() -> None:
     assert diagnosis.thresholds[1].f1 == -1
     assert diagnosis.matrix().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert {error.kind: error.count for error in diagnosis.errors}["missed"] == 1
-    for costs in itertools.product((-1.0, 0.0), (0.0,)):
+    for costs in ((-1.0, 1.0), (0.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(UsageError, match="costs are positive"):
             diagnose(Evaluator(data), "cost", costs)
 

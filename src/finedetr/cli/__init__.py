@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ ALIASES = {"val": "eval", "test": "eval", "detect": "predict", "fit": "train"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit status (see `finedetr.errors`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0

@@ -84,6 +84,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _check(flags: Check) -> dict[str, Any] | None:
+    if min(flags.size) < 1 or flags.queries < 1:
+        raise UsageError(f"size and queries are at least 1; got {flags.size} and {flags.queries}", code="range")
     splits = [open_dataset(flags.path, split, layout=flags.layout) for split in list_splits(flags.path, flags.layout)]
     report = check(*splits, size=flags.size, queries=flags.queries, strict=flags.strict, bytes_too=flags.deep)
     if not flags.json:

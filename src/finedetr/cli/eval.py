@@ -139,7 +139,7 @@ def _data_of(weights: Path) -> Path:
 
 def _write(path: Path, document: object) -> Path:
     text = json.dumps(document, ensure_ascii=False)
-    return write_atomically(path, lambda file: file.write(text.encode()))
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _progress(done: int, total: int) -> None:

@@ -121,7 +121,7 @@ def _document(found: Detections) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> Path:
-    return write_atomically(path, lambda file: file.write(text.encode()))
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 class _Annotated:

@@ -40,6 +40,11 @@ class Categories:
     ids: tuple[int, ...]  # the data set's original ids, as results are written
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if any("\ud800" <= character <= "\udfff" for character in name):
+                raise DataError(f"the class name {name!r} holds half a character", code="class_names")
+
     def __len__(self) -> int:
         return len(self.names)
 

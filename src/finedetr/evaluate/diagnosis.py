@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,7 +126,7 @@ def diagnose(evaluator: Evaluator, goal: Goal = "f1", costs: tuple[float, float]
     Raises:
         UsageError: A cost is negative, or both are 0.
     """
-    if min(costs) < 0 or max(costs) <= 0:
+    if not all(0 <= cost < math.inf for cost in costs) or max(costs) == 0:
         raise UsageError(f"costs are positive: of a wrong box and of a missed object; got {costs}", code="range")
     judged = evaluator.judged()
     data = evaluator.dataset

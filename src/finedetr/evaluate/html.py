@@ -107,7 +107,7 @@ def write_report(run: str | Path) -> Path:
     page = report_page(run.resolve().name, records, evaluation, pictures, facts)
     path, part = run / "report.html", run / f".report.html.{os.getpid()}.tmp"
     try:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
         os.replace(part, path)
     except OSError as error:
         raise RunError(f"{path}: the page cannot be written ({error})", code="io") from error

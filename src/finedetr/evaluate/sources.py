@@ -123,6 +123,8 @@ def _from_path(text: str) -> Pictures:
             code="source",
             hint="Download it first.",
         )
+    if not text:
+        raise UsageError("a picture, a folder, a glob or an address is wanted; nothing came", code="source")
     path = Path(text)
     if path.is_dir():
         return Pictures(_below(path), single=False, forgiving=True)

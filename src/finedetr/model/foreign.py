@@ -126,9 +126,8 @@ def _read_official(path: Path) -> dict[str, Tensor]:
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle machine raises, and that is anything
-        raise ModelError(
-            f"{path} is no checkpoint that holds numbers only: {str(error).splitlines()[0]}", code="schema"
-        ) from error
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ModelError(f"{path} is no checkpoint that holds numbers only: {reason}", code="schema") from error
     for step in (("ema", "module"), ("model",), ()):
         found: Any = document
         for key in step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,7 @@ def picture_folder(root: Path, file: Path, names: list[str], images: str | Path 
     for word in words:
         candidates += [base / word, base / "images" / word, base / word / "images"]
     probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum((folder / name).is_file() for name in probe))
+    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

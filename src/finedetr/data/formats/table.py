@@ -216,4 +216,4 @@ def picture_folder(file: Path, split: str, names: list[str]) -> Path:
     base = file.parent.parent if file.parent.name == "annotations" else file.parent
     candidates = [file.parent, base, base / "images", base / split, base / "images" / split, base / split / "images"]
     probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum((folder / name).is_file() for name in probe))
+    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
