@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -470,3 +471,21 @@ def test_yolo_names_that_are_none_or_twice(tmp_path: Path) -> None:
     assert codes(data) == {"data.class_names": 1}
     with pytest.raises(DataError, match=r"outside 0\.\.1 \(-0\.2\)"):
         open_dataset(yolo_of(tmp_path / "negative", label=b"0 .5 .5 -.2 .2\n"))
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "train.json", "train.csv"])
+def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "image,xmin,ymin,xmax,ymax,label\na.jpg,1,2,30,40,dog\n"
+    texts = {"data.yaml": "train: images\nnames: [a]\n", "train.json": content(), "train.csv": rows}
+    file = write(tmp_path / name, texts[name])
+    opened = io.open
+
+    def refuse(path: Any, *more: Any, **options: Any) -> Any:
+        if str(path) == str(file):  # as root, whom permissions do not stop, the tests could not see it otherwise
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        open_dataset(tmp_path)

@@ -85,6 +85,8 @@ def looks_like_coco(file: Path) -> bool:
     try:
         with open(file, "rb") as stream:
             text = stream.read(1 << 27)
+    except PermissionError as error:  # a split that is passed over without a word would be worse
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="json") from error
     except OSError:
         return False
     return b'"images"' in text and (b'"annotations"' in text or b'"categories"' in text)

@@ -75,6 +75,8 @@ def header(file: Path) -> dict[str, int]:
     try:
         with open(file, encoding="utf-8-sig", errors="replace", newline="") as stream:
             line = stream.readline(4096)
+    except PermissionError as error:  # a split that is passed over without a word would be worse
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="csv") from error
     except OSError:
         return {}
     words = next(csv.reader([line], delimiter=delimiter(line)), [])

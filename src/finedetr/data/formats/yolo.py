@@ -33,6 +33,8 @@ def has_names(file: Path) -> bool:
     """Whether a YAML names classes (a text search: a broken file is to be reported, not missed)."""
     try:
         text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except PermissionError as error:  # "no known layout" would send the reader the wrong way
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="yaml") from error
     except OSError:
         return False
     return any(line.startswith(("names", '"names"', "'names'")) for line in text.splitlines())
