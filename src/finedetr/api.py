@@ -12,6 +12,7 @@ import torch
 from finedetr.data.formats import open_dataset
 from finedetr.detections import Detections
 from finedetr.errors import did_you_mean
+from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Precision
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
@@ -57,33 +58,38 @@ class Model:
     def __call__(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
-    ) -> Detections | list[Detections]:
-        """Detects in a picture (one `Detections`), or in a folder, a glob or a list (a list of them)."""
-        return self._predictor(source, threshold, batch, nms=nms)
+        tile: int | None = None,
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detects in a picture (one `Detections`), in a folder, a glob or a list (a list), in a video (an iterator).
+
+        `threshold` None: the weights' own, or 0.4. `tile`: the side of the tiles that larger pictures are cut into.
+        """
+        return self._predictor(source, threshold, batch, nms=nms, tile=tile)
 
     predict = __call__
 
     def stream(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
+        tile: int | None = None,
     ) -> Iterator[Detections]:
         """The same one after the other, in little memory."""
-        return self._predictor.stream(source, threshold, batch, nms=nms)
+        return self._predictor.stream(source, threshold, batch, nms=nms, tile=tile)
 
     def evaluate(
         self, data: str | Path, split: str = "val", *, batch: int = 8, workers: int = 2, layout: str | None = None
     ) -> Evaluation:
-        """COCO's numbers on a split of a data set; classes are matched by name."""
+        """COCO's numbers on a split of a data set, and what goes wrong (`diagnosis`); classes are matched by name."""
         card = self.card
-        evaluation, _ = evaluate_detector(
+        evaluation, evaluator = evaluate_detector(
             self._predictor.detector,
             open_dataset(data, split, layout=layout),
             card.size,
@@ -95,7 +101,7 @@ class Model:
             top=self._predictor.inference.top,
             names=card.names,
         )
-        return evaluation
+        return replace(evaluation, diagnosis=diagnose(evaluator))
 
     def push_to_hub(self, repository: str, *, license: str, private: bool = False, dataset: str | None = None) -> str:
         """Uploads weights and model card to the Hugging Face Hub; `load("hf://owner/name")` reads them again.
@@ -202,7 +208,7 @@ def train(
     >>> run = train("pictures/", epochs=72, callbacks={"on_eval": watch})  # doctest: +SKIP
 
     Args:
-        data: Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML.
+        data: Folder of a data set (COCO, YOLO, VOC, CSV), or its JSON, YAML or CSV.
         model: Name of a model; None: that of `weights`, else dfine-s.
         out: Folder of the run; None: runs/DATA-MODEL.
         recipe: A name, or a `Recipe` as it shall be.
@@ -216,7 +222,7 @@ def train(
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
-        layout: coco, yolo or voc, where the data could be read as several.
+        layout: coco, yolo, voc or csv, where the data could be read as several.
         train_split: Split to train on.
         val_split: Split to evaluate on.
         callbacks: Functions of a `State` (`finedetr.train.callbacks`): on_start, on_step, on_eval, on_save, on_end.

@@ -19,7 +19,9 @@ from finedetr.errors import DataError, UsageError
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Detection", "Detections", "annotate", "class_color"]
+__all__ = ["THRESHOLD", "Detection", "Detections", "annotate", "class_color"]
+
+THRESHOLD = 0.4  # of scores, where nobody names another
 
 Color = tuple[int, int, int]
 
@@ -45,6 +47,8 @@ class Detections:
         size: (width, height) of the original picture in pixels, after its EXIF orientation.
         path: Where the picture came from, if from a file.
         image: uint8 [H, W, 3] RGB, if the picture is kept for drawing.
+        frame: Number of the frame, from 0, if `path` is a video.
+        seconds: When that frame is shown.
 
     Raises:
         UsageError: Where the shapes do not fit one another or a label has no name.
@@ -57,6 +61,8 @@ class Detections:
     size: tuple[int, int]
     path: str | None = None
     image: NDArray[np.uint8] | None = None
+    frame: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         xyxy = np.asarray(self.xyxy, dtype=np.float32)
@@ -205,12 +211,16 @@ class Detections:
             for box, score, label in zip(boxes.tolist(), self.score.tolist(), self.label.tolist(), strict=True)
         ]
 
-    def to_yolo(self) -> list[str]:
-        """Lines of a YOLO label file: `class cx cy width height score`, all in fractions of the picture."""
+    def to_yolo(self, *, scores: bool = True) -> list[str]:
+        """Lines of a YOLO label file: `class cx cy width height score`, all in fractions of the picture.
+
+        Args:
+            scores: False leaves the score out: a label to train on has none.
+        """
         scale = np.array([*self.size, *self.size], dtype=np.float64)
         boxes = self.xyxy / scale
         center, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        rows = np.concatenate((center, extent, self.score[:, None]), axis=1).tolist()
+        rows = np.concatenate((center, extent, self.score[:, None]), axis=1)[:, : 5 if scores else 4].tolist()
         return [
             f"{label} " + " ".join(f"{value:.6f}" for value in row)
             for label, row in zip(self.label.tolist(), rows, strict=True)

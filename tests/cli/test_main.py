@@ -98,6 +98,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data"], 2, "data needs an action"),
         (["data", "chekc"], 2, "Did you mean check"),
         (["data", "check", "nowhere"], 3, "data.none"),
+        (["data", "check", "nowhere", "--size", "0", "64"], 2, "at least 1"),
+        (["data", "convert", "nowhere", "x", "--to", "coco"], 3, "data.none"),
         (["info", "nowhere"], 4, "model.not_found"),
         (["models", "shwo"], 2, "use.verb: models 'shwo' is no action\n  Did you mean show"),
         (["models", "show", "dfine-z"], 2, "no model is called 'dfine-z'"),

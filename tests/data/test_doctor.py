@@ -46,6 +46,14 @@ def test_a_leak_is_found_by_bytes_and_is_an_error_when_strict(tmp_path: Path) ->
     assert found(train, val, bytes_too=False) == {}
 
 
+def test_a_picture_that_is_cut_off_is_found_by_decoding_it(tmp_path: Path) -> None:
+    train, val = splits(tmp_path)
+    file = Path(train.files[1])
+    file.write_bytes(file.read_bytes()[:-400])
+    assert found(train, val) == {"data.corrupt_image": ("warn", 1)}
+    assert found(train, val, bytes_too=False) == {}
+
+
 def test_repeated_pictures_within_a_split(tmp_path: Path) -> None:
     train, val = splits(tmp_path)
     shutil.copy(train.files[0], train.files[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -372,3 +373,119 @@ def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
     assert np.array_equal(part.boxes[part.rows(1)], data.boxes[data.rows(2)])
     assert np.array_equal(part.annotation_ids[part.rows(0)], data.annotation_ids[data.rows(7)])
     assert len(data.subset([])) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- hostile
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"categories": [{"id": 10**30, "name": "a"}], "annotations": []}, "data.keys"),
+        ({"annotations": one(bbox=[10**400, 1, 2, 3])}, "data.box"),
+        ({"annotations": one(area=10**400)}, "data.box"),
+        ({"categories": [{"id": 5, "name": "\ud800"}], "annotations": one()}, "data.class_names"),
+        ({"images": [{"id": 7, "file_name": "a\0.jpg"}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": "\ud800.jpg"}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": "a" * 6000}], "annotations": one()}, "data.missing_image"),
+        ({"images": [{"id": 7, "file_name": ""}], "annotations": one()}, "data.missing_image"),
+    ],
+)
+def test_numbers_and_names_that_no_machine_holds_are_refused(
+    tmp_path: Path, changes: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(coco(tmp_path, content(**changes)))
+    assert caught.value.code == code
+
+
+def test_crowd_as_a_word_and_areas_that_cannot_be(tmp_path: Path) -> None:
+    rows = [one(id=i, iscrowd=word, area=area)[0] for i, (word, area) in enumerate([("0", -5), (False, 7), (True, 7)])]
+    rows += one(id=9, area=float("inf"))
+    data = open_dataset(coco(tmp_path, content(annotations=rows)))
+    assert data.crowd.tolist() == [False, False, True, False]
+    assert data.area.tolist() == [12, 7, 7, 12]
+    assert codes(data)["data.area"] == 2
+
+
+VOC = "<annotation>{}<object><name>a</name>{}<bndbox>{}</bndbox></object></annotation>"
+CORNERS = "<xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>20</ymax>"
+
+
+def voc_of(root: Path, xml: str | bytes, names: bytes = b"a b\n") -> Path:
+    picture(root / "JPEGImages" / "a b.jpg")
+    write(root / "Annotations" / "a b.xml", "").write_bytes(xml if isinstance(xml, bytes) else xml.encode())
+    write(root / "ImageSets" / "Main" / "train.txt", "").write_bytes(names)
+    return root
+
+
+def test_voc_names_with_spaces_marks_and_byte_order_marks(tmp_path: Path) -> None:
+    for number, names in enumerate((b"a b\n", b"\xef\xbb\xbfa b\r\n\r\n")):
+        data = open_dataset(voc_of(tmp_path / str(number), VOC.format("", "", CORNERS), names))
+        assert data.boxes.tolist() == [[0, 0, 20, 20]]
+    with pytest.raises(DataError, match="cannot be read"):
+        open_dataset(voc_of(tmp_path / "bytes", VOC.format("", "", CORNERS), b"\xff\xfe\xfa\n"))
+
+
+def test_voc_with_an_unknown_encoding_sizes_and_marks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unknown encoding") as caught:
+        open_dataset(voc_of(tmp_path / "encoding", b'<?xml version="1.0" encoding="bogus"?><annotation/>'))
+    assert caught.value.code == "data.xml"
+    size = "<size><width>inf</width><height>1e400</height></size>"
+    data = open_dataset(voc_of(tmp_path / "size", VOC.format(size, "<difficult>Unspecified</difficult>", CORNERS)))
+    assert data.sizes.tolist() == [[100, 80]]
+    assert data.crowd.tolist() == [False], "a word that is not yes is no mark"
+
+
+def yolo_of(root: Path, yaml: bytes = b"train: images\nnames: [a, b]\n", label: bytes = b"0 .5 .5 .2 .2\n") -> Path:
+    picture(root / "images" / "a.jpg")
+    write(root / "labels" / "a.txt", "").write_bytes(label)
+    write(root / "data.yaml", "").write_bytes(yaml)
+    return root
+
+
+def test_yolo_files_with_byte_order_marks_and_windows_line_ends(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    root = yolo_of(tmp_path, mark + b"names: [a, b]\r\ntrain: list.txt\r\n", mark + b"0 .5 .5 .2 .2\r\n")
+    write(root / "list.txt", "").write_bytes(mark + b"./images/a.jpg\r\n")
+    assert len(open_dataset(root).labels) == 1
+    (root / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"list\.txt: cannot be read"):
+        open_dataset(root)
+
+
+def test_yolo_links_that_lead_back_are_walked_once(tmp_path: Path) -> None:
+    root = yolo_of(tmp_path)
+    (root / "images" / "again").symlink_to(root / "images")
+    picture(tmp_path / "elsewhere" / "b.jpg")
+    (root / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "images" / "nowhere").symlink_to(tmp_path / "absent")
+    assert [Path(file).name for file in open_dataset(root).files] == ["a.jpg", "b.jpg"]
+
+
+def test_yolo_names_that_are_none_or_twice(tmp_path: Path) -> None:
+    for number, names in enumerate((b"[[a], b]", b"{0: a, 1: {b: 1}}", b"[a, null]")):
+        with pytest.raises(DataError, match="a word for each name"):
+            open_dataset(yolo_of(tmp_path / str(number), b"train: images\nnames: " + names))
+    data = open_dataset(yolo_of(tmp_path / "twice", b"train: images\nnames: [a, a]"))
+    assert codes(data) == {"data.class_names": 1}
+    with pytest.raises(DataError, match=r"outside 0\.\.1 \(-0\.2\)"):
+        open_dataset(yolo_of(tmp_path / "negative", label=b"0 .5 .5 -.2 .2\n"))
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "train.json", "train.csv"])
+def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "image,xmin,ymin,xmax,ymax,label\na.jpg,1,2,30,40,dog\n"
+    texts = {"data.yaml": "train: images\nnames: [a]\n", "train.json": content(), "train.csv": rows}
+    file = write(tmp_path / name, texts[name])
+    opened = io.open
+
+    def refuse(path: Any, *more: Any, **options: Any) -> Any:
+        if str(path) == str(file):  # as root, whom permissions do not stop, the tests could not see it otherwise
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        open_dataset(tmp_path)

@@ -309,6 +309,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     torch.save({"model": Path("x")}, tmp_path / "c.pth")  # an object: loading it would run code
     with pytest.raises(ModelError, match="no checkpoint that holds numbers only"):
         read_foreign(tmp_path / "c.pth")
+    (tmp_path / "e.pth").write_bytes(b"")
+    with pytest.raises(ModelError, match="no checkpoint that holds numbers only"):
+        read_foreign(tmp_path / "e.pth")
     torch.save({"model": 3}, tmp_path / "d.pth")
     with pytest.raises(ModelError, match="holds no table of tensors"):
         read_foreign(tmp_path / "d.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ __all__ = ["main"]
 VERBS: dict[str, str] = {
     "train": "train or fine-tune a detector, or go on with a run",
     "eval": "measure weights on a data set (also: val)",
-    "predict": "detect in pictures, folders, globs",
+    "predict": "detect in pictures, folders, addresses, videos",
     "demo": "the whole main job on pictures that it draws itself",
-    "data": "data check PATH: what would be trained on, and what is wrong with it",
+    "data": "data check PATH: what is wrong with a data set; data convert: another layout",
     "models": "the table of models",
     "info": "what a weight file or a run holds",
     "env": "versions, devices and variables, to paste into a report",
@@ -30,6 +31,8 @@ ALIASES = {"val": "eval", "test": "eval", "detect": "predict", "fit": "train"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit status (see `finedetr.errors`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0

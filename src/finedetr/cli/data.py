@@ -1,20 +1,25 @@
-"""`finedetr data check`: what would be trained on, and what is wrong with it."""
+"""`finedetr data`: check what would be trained on; convert a data set to another layout."""
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from finedetr.cli.flags import output, parse, spell
+from finedetr.data.convert import convert, deal
+from finedetr.data.dataset import listed
 from finedetr.data.doctor import check
 from finedetr.data.formats import list_splits, open_dataset
+from finedetr.data.hugging_face import is_hugging_face, unpack
 from finedetr.errors import DataError, UsageError, did_you_mean
 
-ACTIONS = ("check",)
+ACTIONS = ("check", "convert")
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,9 @@ class Check:
     """Read all splits of a data set, count, and name what is wrong. Ends with status 3 where something is."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """Folder of a data set, or its JSON or YAML."""
+    """Folder of a data set, or its JSON, YAML or CSV."""
     layout: str | None = None
-    """coco, yolo or voc, where it could be read as several."""
+    """coco, yolo, voc or csv, where it could be read as several."""
     size: tuple[int, int] = (640, 640)
     """Height and width of the network's input, at which boxes are measured."""
     queries: int = 300
@@ -32,7 +37,29 @@ class Check:
     strict: bool = False
     """Pictures that stand in two splits are an error."""
     deep: bool = False
-    """Read every file, to find pictures with the same bytes."""
+    """Read and decode every file, to find broken pictures and those with the same bytes."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a data set in another layout. What the layout cannot hold is counted; nothing is ever overwritten."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of a data set, its JSON, YAML or CSV; of Hugging Face's datasets a saved folder or hf://owner/name."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A folder that does not exist yet."""
+    to: Literal["coco", "yolo", "voc", "csv"]
+    """The layout."""
+    layout: str | None = None
+    """coco, yolo, voc or csv, where the source could be read as several."""
+    link: bool = False
+    """Link the pictures instead of copying them."""
+    split: str | None = None
+    """Deal the pictures of the only split anew: 0.8/0.2 to train and val, 0.7/0.2/0.1 to train, val and test."""
+    seed: int = 0
+    """Of --split."""
     json: bool = False
     """Print one JSON document."""
 
@@ -40,7 +67,8 @@ class Check:
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     if words and words[0] in ("-h", "--help"):
-        output("usage: finedetr data check PATH [flags]\n\nfinedetr data check --help lists the flags.")
+        output("usage: finedetr data check PATH [flags]\n       finedetr data convert SOURCE OUT --to LAYOUT [flags]\n")
+        output("finedetr data check --help lists the flags.")
         return None
     if not words or words[0] not in ACTIONS:
         asked = words[0] if words else ""
@@ -49,13 +77,23 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
             code="verb",
             hint=did_you_mean(asked, ACTIONS) if asked else "Such as: finedetr data check PATH",
         )
-    flags = parse(Check, spell(words[1:]), "finedetr data check")
+    rest = spell(words[1:])
+    if words[0] == "convert":
+        return _convert(parse(Convert, rest, "finedetr data convert"))
+    return _check(parse(Check, rest, "finedetr data check"))
+
+
+def _check(flags: Check) -> dict[str, Any] | None:
+    if min(flags.size) < 1 or flags.queries < 1:
+        raise UsageError(f"size and queries are at least 1; got {flags.size} and {flags.queries}", code="range")
     splits = [open_dataset(flags.path, split, layout=flags.layout) for split in list_splits(flags.path, flags.layout)]
     report = check(*splits, size=flags.size, queries=flags.queries, strict=flags.strict, bytes_too=flags.deep)
     if not flags.json:
         output(splits[0].evidence)
         names = splits[0].categories
-        table = ", ".join(f"{i} -> {n} {name}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True)))
+        table = ", ".join(
+            f"{i} -> {n} {_plain(name)}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True))
+        )
         output(f"classes (id -> index name): {table}")
         for fact in report.facts:
             output(
@@ -69,3 +107,51 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."))
     return {"result": report.to_json(), "warnings": []} if flags.json else None
+
+
+def _plain(name: str) -> str:
+    """A name that cannot steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in name)
+
+
+def _convert(flags: Convert) -> dict[str, Any] | None:
+    if not is_hugging_face(flags.source):
+        return _rewrite(Path(flags.source), flags)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=flags.out.parent, prefix=".unpacked-") as folder:
+        unpack(flags.source, Path(folder))
+        return _rewrite(Path(folder), replace(flags, layout="coco", link=False))
+
+
+def _rewrite(source: Path, flags: Convert) -> dict[str, Any] | None:
+    names = list_splits(source, flags.layout)
+    splits = [open_dataset(source, split, layout=flags.layout) for split in names]
+    if flags.split is not None:
+        if len(splits) > 1:
+            raise UsageError(
+                f"--split deals the pictures of one split; {source} has {listed(names)}",
+                code="conflict",
+                hint="Leave --split out, or give the file of one split.",
+            )
+        splits = list(deal(splits[0], _shares(flags.split), flags.seed))
+    notes = [note for data in splits for note in data.notes if note.level == "warn"]
+    notes += convert(splits, flags.out, flags.to, link=flags.link)
+    said = list(dict.fromkeys(f"{note.level}: {note}" for note in notes))
+    written = [open_dataset(flags.out, split, layout=flags.to) for split in list_splits(flags.out, flags.to)]
+    if flags.json:
+        counts = {data.split: {"pictures": len(data), "boxes": len(data.labels)} for data in written}
+        return {"result": {"out": str(flags.out), "layout": flags.to, "splits": counts}, "warnings": said}
+    for line in said:
+        print(line, file=sys.stderr)
+    for data in written:
+        output(f"{data.split}: {len(data)} pictures, {len(data.labels)} boxes")
+    output(f"{flags.to}: {flags.out}")
+    return None
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """0.8/0.2 as numbers."""
+    try:
+        return tuple(float(word) for word in text.split("/"))
+    except ValueError:
+        raise UsageError(f"--split wants shares such as 0.8/0.2; got {text!r}", code="type") from None

@@ -14,7 +14,19 @@ from finedetr._env import VARIABLES
 from finedetr._version import __version__
 from finedetr.cli.flags import output, parse, spell
 
-PACKAGES = ("torch", "numpy", "pillow", "safetensors", "hotcoco", "simplejpeg", "tyro", "rich", "supervision")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "hotcoco",
+    "simplejpeg",
+    "tyro",
+    "rich",
+    "supervision",
+    "av",
+    "datasets",
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +15,14 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.data.formats import open_dataset
+from finedetr.detections import THRESHOLD
 from finedetr.errors import UsageError
+from finedetr.evaluate.diagnosis import diagnose
+from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
-from finedetr.model.weights import load_weights
+from finedetr.model.detector import Detector
+from finedetr.model.weights import Card, load_weights, save_weights
 from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
@@ -27,7 +32,8 @@ from finedetr.train.folder import RunFolder, find_weights
 class Eval:
     """Measure weights on a data set: COCO's twelve numbers, per class and by size.
 
-    Writes evaluation_SPLIT.json and predictions_SPLIT.json (COCO results in the data set's own ids).
+    Writes evaluation_SPLIT.json and predictions_SPLIT.json (COCO results in the data set's own ids), with --errors also
+    worst_SPLIT.jpg.
     """
 
     weights: Annotated[Path, tyro.conf.Positional]
@@ -37,7 +43,7 @@ class Eval:
     split: str = "val"
     """Its split."""
     layout: str | None = None
-    """coco, yolo or voc, where the data set could be read as several."""
+    """coco, yolo, voc or csv, where the data set could be read as several."""
     batch: int = 8
     """Pictures at a time."""
     size: tuple[int, int] | None = None
@@ -58,6 +64,12 @@ class Eval:
     """Folder of the two files. Unset: the run, or where the weights are."""
     per_class: bool = True
     """Show a line for each class."""
+    errors: bool = False
+    """Say what goes wrong, too: TIDE's six kinds of error, confused classes, thresholds, the worst pictures."""
+    thresholds: Literal["f1", "cost"] | None = None
+    """Keep in the weights the score of each class with the best F1 or the least cost on this split, for predict."""
+    costs: tuple[float, float] = (1.0, 1.0)
+    """For --thresholds cost: of a box that is wrong, and of an object that is missed."""
     json: bool = False
     """Print one JSON document instead of tables."""
 
@@ -67,6 +79,12 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     words = spell(words)
     flags = parse(Eval, ["--no-per-class" if w == "--per-class=False" else w for w in words], "finedetr eval")
     file = find_weights(flags.weights)
+    if flags.thresholds and file.suffix != ".safetensors":
+        raise UsageError(
+            f"{file} is not in finedetr's own format and cannot keep thresholds",
+            code="conflict",
+            hint="Write it in ours first: finedetr models convert",
+        )
     data = flags.data or _data_of(flags.weights)
     device = choose_device(flags.device)
     detector, card = load_weights(file, device, queries=flags.queries)
@@ -88,16 +106,32 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         names=card.names,
         progress=_progress,
     )
+    if flags.errors or flags.thresholds:
+        evaluation = replace(evaluation, diagnosis=diagnose(evaluator, flags.thresholds or "f1", flags.costs))
+    if flags.thresholds:
+        _keep_thresholds(file, detector, card, evaluation)
     where = flags.weights if flags.weights.is_dir() else flags.weights.parent
     folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
     numbers = _write(folder / f"evaluation_{flags.split}.json", document)
     results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())
+    files = [str(numbers), str(results)]
+    sheet = worst_sheet(evaluation, evaluator) if flags.errors else None
+    if sheet is not None:
+        files.append(str(save_picture(sheet, folder / f"worst_{flags.split}.jpg")))
     if flags.json:
-        return {"result": {**document, "files": [str(numbers), str(results)]}, "warnings": []}
+        return {"result": {**document, "files": files}, "warnings": []}
     output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
-    print(f"{numbers}\n{results}", file=sys.stderr)
+    print("\n".join(files), file=sys.stderr)
     return None
+
+
+def _keep_thresholds(file: Path, detector: Detector, card: Card, evaluation: Evaluation) -> None:
+    """Writes the thresholds into the weights' card; a class that could not be measured gets the usual one."""
+    assert evaluation.diagnosis is not None
+    found = {entry.name: entry.threshold for entry in evaluation.diagnosis.thresholds if entry.f1 >= 0}
+    save_weights(file, detector, replace(card, thresholds=tuple(found.get(name, THRESHOLD) for name in card.names)))
+    print(f"thresholds of {len(found)} classes are kept in {file}", file=sys.stderr)
 
 
 def _data_of(weights: Path) -> Path:
@@ -110,7 +144,7 @@ def _data_of(weights: Path) -> Path:
 
 def _write(path: Path, document: object) -> Path:
     text = json.dumps(document, ensure_ascii=False)
-    return write_atomically(path, lambda file: file.write(text.encode()))
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _progress(done: int, total: int) -> None:

@@ -41,14 +41,20 @@ TITLES = {"Value error", "Invalid choice", "Parsing error", "Unrecognized option
 RULE = re.compile(r"[╭╰│─╮╯+|\s-]*")
 
 
-def spell(words: Sequence[str]) -> list[str]:
-    """The same words in our spelling: `--imgsz 640` becomes `--size 640 640`."""
+def spell(words: Sequence[str], own: Sequence[str] = ()) -> list[str]:
+    """The same words in our spelling: `--imgsz 640` becomes `--size 640 640`.
+
+    Args:
+        words: What was typed.
+        own: Flags of the command that are meant as they are spelled.
+    """
     spelled: list[str] = []
     for word in words:
         if word.startswith("--"):
             name, sign, value = word[2:].partition("=")
             name = name.replace("_", "-")
-            spelled += [f"--{SPELLINGS.get(name, name)}", *([value] if sign else [])]
+            name = name if name in own else SPELLINGS.get(name, name)
+            spelled += [f"--{name}", *([value] if sign else [])]
         else:
             spelled.append(word)
     if "--size" in spelled:

@@ -53,6 +53,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     recipe = card["recipe"]
     if recipe:
         output(f"recipe   {recipe.get('name')}, epoch {recipe.get('epoch', -1) + 1}, step {recipe.get('step')}")
+    if card["thresholds"]:
+        limits = zip(card["names"], card["thresholds"], strict=True)
+        output(f"scores   from {', '.join(f'{name} {limit:.2f}' for name, limit in limits)}")
     for name, value in card["metrics"].items():
         output(f"{name:8} {value:.4f}")
     if "status" in document:

@@ -13,8 +13,11 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.detections import Detections
+from finedetr.errors import UsageError
 from finedetr.evaluate.pictures import save_picture
 from finedetr.evaluate.predictor import Predictor
+from finedetr.evaluate.results import as_files
+from finedetr.evaluate.video import Video, VideoWriter, is_video
 from finedetr.model.weights import load_weights
 from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
@@ -28,11 +31,15 @@ class Predict:
     weights: Annotated[Path, tyro.conf.Positional]
     """A run's folder (its best weights), a weight file, a folder of transformers, or a name such as dfine-s-coco."""
     source: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Pictures, folders, globs."""
+    """Pictures, folders, globs, http(s) addresses, videos."""
     out: Path = Path("runs/predict")
     """Folder of what is written."""
-    threshold: float = 0.4
-    """Detections with a lower score are left out."""
+    threshold: float | None = None
+    """Detections with a lower score are left out. Unset: the weights' own thresholds (eval --thresholds), or 0.4."""
+    tile: int | None = None
+    """Cut larger pictures into overlapping tiles of this side in pixels, for objects that are small in them."""
+    format: Literal["json", "coco", "yolo", "csv"] = "json"
+    """Besides JSON lines: labels for pictures, as a COCO JSON or CSV with scores, or as YOLO label files."""
     nms: float | None = None
     """Suppress overlaps of one class above this IoU. Off: the detector needs none."""
     size: tuple[int, int] | None = None
@@ -50,59 +57,119 @@ class Predict:
     workers: int = 2
     """Threads that read pictures."""
     draw: bool = True
-    """Write annotated pictures."""
+    """Write annotated pictures (of a video, an MP4)."""
     json: bool = False
     """Print one JSON document instead of lines."""
 
 
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
-    flags = parse(Predict, spell(words), "finedetr predict")
+    flags = parse(Predict, spell(words, own=("format",)), "finedetr predict")
+    _check_sources(flags)
     device = choose_device(flags.device)
     detector, card = load_weights(find_weights(flags.weights), device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
     predictor = Predictor(
         detector, card, device, flags.batch, precision=flags.precision, workers=flags.workers, top=flags.top
     )
-    names = _Names()
-    lines, documents = [], []
-    for found in _found(predictor, flags):
-        document = {
-            "path": found.path,
-            "width": found.size[0],
-            "height": found.size[1],
-            "detections": found.to_records(),
-        }
-        if flags.draw:
-            document["picture"] = str(save_picture(found.draw(), flags.out / names.fresh(found.path)))
-        lines.append(json.dumps(document, ensure_ascii=False))
-        documents.append(document)
-        if not flags.json:
-            output(lines[-1])
-    text = "".join(f"{line}\n" for line in lines)
-    path = write_atomically(flags.out / "predictions.jsonl", lambda file: file.write(text.encode()))
+    answers: list[Detections] = []
+    documents: list[dict[str, Any]] = []
+    with _Annotated(flags.out) as annotated:
+        for found in _found(predictor, flags):
+            document = _document(found)
+            stem = annotated.name(found)
+            if flags.draw:
+                document["picture"] = str(annotated.add(found, stem))
+            answers.append(replace(found, image=None))
+            documents.append(document)
+            if not flags.json:
+                output(json.dumps(document, ensure_ascii=False))
+    text = "".join(f"{json.dumps(document, ensure_ascii=False)}\n" for document in documents)
+    files = {Path("predictions.jsonl"): text}
+    if flags.format != "json":
+        files |= as_files(flags.format, answers, annotated.stems, card.category_ids)
+    written = [_write(flags.out / path, content) for path, content in files.items()]
     if flags.json:
         passed = [f"{file}: passed over" for file in predictor.broken]
         return {"result": {"pictures": documents, "out": str(flags.out)}, "warnings": passed}
-    boxes = sum(len(document["detections"]) for document in documents)  # type: ignore[arg-type]
-    print(f"{boxes} detections in {len(documents)} pictures: {path}", file=sys.stderr)
+    boxes = sum(map(len, answers))
+    print(f"{boxes} detections in {len(documents)} pictures: {written[0]}", file=sys.stderr)
     return None
 
 
 def _found(predictor: Predictor, flags: Predict) -> Iterator[Detections]:
     """Detections of each source, one after the other."""
     for source in flags.source:
-        yield from predictor.stream(source, flags.threshold, flags.batch, nms=flags.nms)
+        yield from predictor.stream(source, flags.threshold, flags.batch, nms=flags.nms, tile=flags.tile)
 
 
-class _Names:
-    """A file name for each annotated picture; pictures of one name in several folders get numbers."""
+def _check_sources(flags: Predict) -> None:
+    """Annotated pictures bear the names of their sources and must not replace them; frames are no files with labels."""
+    for source in flags.source:
+        if flags.format != "json" and is_video(source):
+            raise UsageError(
+                f"{source}: a frame of a video is no file that {flags.format} labels could belong to",
+                code="conflict",
+                hint="Use --format json.",
+            )
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        if flags.draw and "://" not in source and folder.resolve() == flags.out.resolve():
+            raise UsageError(
+                f"--out {flags.out} is the folder of the pictures: annotated ones would replace them",
+                code="conflict",
+                hint="Give another --out.",
+            )
 
-    def __init__(self) -> None:
+
+def _document(found: Detections) -> dict[str, Any]:
+    """One line of predictions.jsonl."""
+    moment = {} if found.frame is None else {"frame": found.frame, "seconds": round(found.seconds or 0.0, 3)}
+    width, height = found.size
+    return {"path": found.path, **moment, "width": width, "height": height, "detections": found.to_records()}
+
+
+def _write(path: Path, text: str) -> Path:
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+class _Annotated:
+    """Writes annotated pictures, and the frames of a video as one video.
+
+    Attributes:
+        stems: The name of each picture without its ending; pictures of one name in several folders get numbers.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.stems: list[str] = []
         self.given: dict[str, int] = {}
+        self.video: VideoWriter | None = None
 
-    def fresh(self, path: str | None) -> str:
-        """A name that nobody has yet."""
-        stem = Path(path).stem if path else "picture"
-        self.given[stem] = self.given.get(stem, 0) + 1
-        return f"{stem}.jpg" if self.given[stem] == 1 else f"{stem}-{self.given[stem]}.jpg"
+    def __enter__(self) -> _Annotated:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.video is not None:
+            self.video.__exit__(*error)
+
+    def name(self, found: Detections) -> str:
+        """A stem that nobody has yet; the frames of a video share one."""
+        if not found.frame:
+            path = found.path.partition("?")[0] if found.path and "://" in found.path else found.path
+            stem = Path(path).stem if path else "picture"
+            self.given[stem] = self.given.get(stem, 0) + 1
+            self.stems.append(stem if self.given[stem] == 1 else f"{stem}-{self.given[stem]}")
+        return self.stems[-1]
+
+    def add(self, found: Detections, stem: str) -> Path:
+        """Writes what was found into a picture, or into the next frame."""
+        if found.frame is None:
+            return save_picture(found.draw(), self.out / f"{stem}.jpg")
+        assert found.path is not None
+        if found.frame == 0:
+            self.__exit__(None, None, None)
+            self.video = VideoWriter(self.out / f"{stem}.mp4", Video(found.path).rate())
+        assert self.video is not None
+        self.video.add(found.draw())
+        return self.video.path

@@ -31,7 +31,7 @@ class Train:
     """
 
     data: Path | None = None
-    """Folder of a data set (COCO, YOLO or VOC), or its JSON or YAML. Required but for --resume."""
+    """Folder of a data set (COCO, YOLO, VOC, CSV), or its JSON, YAML or CSV. Required but for --resume."""
     model: str | None = None
     """Name of a model (`finedetr models`). Unset: that of --weights, else dfine-s."""
     recipe: str = "deim"
@@ -54,7 +54,7 @@ class Train:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     layout: str | None = None
-    """coco, yolo or voc, where the data set could be read as several."""
+    """coco, yolo, voc or csv, where the data set could be read as several."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "val"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,11 @@ class Categories:
 
     ids: tuple[int, ...]  # the data set's original ids, as results are written
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if any("\ud800" <= character <= "\udfff" for character in name):
+                raise DataError(f"the class name {name!r} holds half a character", code="class_names")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -233,7 +239,8 @@ def read_headers(draft: Draft, notes: list[Note], skip_missing: bool) -> list[He
             (missing if error.code == "data.missing_image" else broken).append((file, error))
     if missing:
         names = [file for file, _ in missing]
-        message = f"{len(missing)} of {len(draft.files)} pictures are listed but absent: {listed(names)}"
+        state = "cannot be opened" if any(map(os.path.exists, names)) else "are listed but absent"
+        message = f"{len(missing)} of {len(draft.files)} pictures {state}: {listed(names)}"
         if len(missing) > TOLERATED_MISSING * len(draft.files) and not skip_missing:
             hint = "Check the folder of the pictures, or take the missing ones off the list."
             raise DataError(message, code="missing_image", hint=hint)

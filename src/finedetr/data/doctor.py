@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finedetr.data.dataset import Dataset, Note, listed
-from finedetr.data.images import read_bytes
+from finedetr.data.images import decode, read_bytes
 from finedetr.errors import DataError
 
 __all__ = ["Report", "SplitFacts", "check"]
@@ -78,7 +78,7 @@ def check(
         size: (H, W) of the network's input, at which boxes are measured.
         queries: How many objects the model can answer in a picture.
         strict: A picture that stands in two splits is an error, not a warning.
-        bytes_too: Read every file to find pictures with the same bytes.
+        bytes_too: Read and decode every file, to find broken ones and pictures with the same bytes.
 
     Returns:
         The report; faults are notes of level `error` in it, nothing is raised for them.
@@ -198,16 +198,20 @@ def difference(first: Dataset, other: Dataset) -> str:
 
 
 def check_bytes(datasets: Sequence[Dataset], strict: bool) -> Iterable[Note]:
-    """Pictures with the same bytes, within a split and across splits."""
+    """Pictures that cannot be decoded, and those with the same bytes, within a split and across splits."""
+    broken: list[tuple[str, DataError]] = []
     seen: dict[bytes, tuple[str, str]] = {}  # digest -> the first split and file
     twice: dict[str, list[str]] = {}
     leaks: dict[tuple[str, str], list[str]] = {}
     for data in datasets:
         for file in data.files:
             try:
-                digest = hashlib.blake2b(read_bytes(file), digest_size=16).digest()
-            except DataError:
-                continue  # reading the data set has said it
+                content = read_bytes(file)
+                decode(content, file)
+            except DataError as error:
+                broken.append((file, error))
+                continue
+            digest = hashlib.blake2b(content, digest_size=16).digest()
             split, _ = seen.setdefault(digest, (data.split, file))
             if seen[digest][1] == file and split == data.split:
                 continue
@@ -215,6 +219,10 @@ def check_bytes(datasets: Sequence[Dataset], strict: bool) -> Iterable[Note]:
                 twice.setdefault(split, []).append(file)
             else:
                 leaks.setdefault((split, data.split), []).append(file)
+    if broken:
+        names = tuple(file for file, _ in broken)
+        message = f"{len(names)} pictures cannot be decoded, first {broken[0][1].message}. Training leaves them out."
+        yield Note("data.corrupt_image", "warn", message, names[:WHERE], len(names))
     for split, files in twice.items():
         message = f"{len(files)} pictures of {split} repeat another one (same bytes): {listed(files)}"
         yield Note("data.duplicate_image", "warn", message, tuple(files[:WHERE]), len(files))

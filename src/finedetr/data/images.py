@@ -63,8 +63,9 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror or error})", code="missing_image") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be opened ({why})", code="missing_image") from error
 
 
 def decode(
@@ -198,8 +199,9 @@ def read_header(path: str | Path) -> Header:
                 header = png_header(start, file)
                 if header is not None:
                     return checked(header, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror or error})", code="missing_image") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be opened ({why})", code="missing_image") from error
     return checked(header_with_pillow(path), path)
 
 

@@ -20,7 +20,7 @@ from finedetr.data.dataset import Dataset
 from finedetr.errors import DataError, RunError, UsageError
 from finedetr.evaluate.evaluation import SIZES, ClassScore, Evaluation, SizeScore
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "Judged"]
 
 
 @dataclass
@@ -43,6 +43,25 @@ class _Table:
     xyxy: NDArray[np.float32]
     score: NDArray[np.float32]
     label: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of each of D detections, matched by COCO's rules at IoU .5.
+
+    Attributes:
+        picture: [D] index of the picture.
+        score: [D].
+        label: [D] class indices.
+        verdict: [D], 1: it found an object, 0: it did not, -1: it does not count (crowd, or too many in a picture).
+        errors: TIDE's counts and gains, as the library gives them.
+    """
+
+    picture: NDArray[np.int64]
+    score: NDArray[np.float32]
+    label: NDArray[np.int64]
+    verdict: NDArray[np.int8]
+    errors: Mapping[str, Any]
 
 
 class Evaluator:
@@ -214,7 +233,7 @@ class Evaluator:
         """Measures all that came in. More may come in afterwards."""
         table = self._table()
         precision, recall = self._curves(table)
-        metrics = {
+        metrics: dict[str, Any] = {
             "ap": _mean(precision[:, :, :, 0, -1]),
             "ap50": _mean(precision[0, :, :, 0, -1]),
             "ap75": _mean(precision[5, :, :, 0, -1]),
@@ -289,7 +308,36 @@ class Evaluator:
         return table
 
     def _curves(self, table: _Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Precision [10 IoUs, 101 recalls, C, 4 areas, 3 limits] and recall [10, C, 4, 3], -1 where there is no truth.
+        """Precision [10 IoUs, 101 recalls, C, 4 areas, 3 limits] and recall [10, C, 4, 3]; -1: no truth."""
+        evaluation = self._prepared(table)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        curves: dict[str, Any] = evaluation.eval or {}
+        return curves["precision"], curves["recall"]
+
+    def judged(self) -> Judged:
+        """What became of each detection and each object at IoU .5, and the six kinds of error."""
+        table = self._table()
+        evaluation = self._prepared(table)
+        evaluation.evaluate()
+        verdicts = evaluation.image_diagnostics(iou_thr=0.5)
+        verdict = np.full(len(table.score), -1, dtype=np.int8)  # ids of detections are rows, from 1
+        for identity, status in verdicts["dt_status"].items():
+            verdict[identity - 1] = status == "tp"
+        return Judged(table.picture, table.score, table.label, verdict, evaluation.tide_errors(0.5, 0.1))
+
+    def confused(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Truth by answer at IoU .5, whatever the class, for some rows of `judged`: [C + 1, C + 1], last: nothing."""
+        table = self._table()
+        some = _Table(
+            table.answered, table.picture[chosen], table.xyxy[chosen], table.score[chosen], table.label[chosen]
+        )
+        found = self._prepared(some, crowd=False).confusion_matrix(iou_thr=0.5, min_score=0.0)
+        place = np.append(_ranks(self.dataset.categories.ids) - 1, len(self.dataset.categories))
+        return np.asarray(np.asarray(found["matrix"], dtype=np.int64)[np.ix_(place, place)])
+
+    def _prepared(self, table: _Table, *, crowd: bool = True) -> Any:
+        """Truth and answers as the library wants them, nothing evaluated yet.
 
         Ids are ranks among the sorted original ids, from 1: pycocotools breaks ties of equal scores by the order of
         the pictures and adds up in the order of the classes, and takes an id of 0 for no match.
@@ -306,14 +354,15 @@ class Evaluator:
         categories = [{"id": i + 1, "name": str(i)} for i in range(len(rank_of_class))]
         truth_boxes = truth.boxes.astype(np.float64)
         truth_boxes[:, 2:] -= truth_boxes[:, :2]
+        used = np.ones(len(truth.labels), dtype=bool) if crowd else ~truth.crowd
         reference = hotcoco.COCO.from_arrays(
             images,
             categories,
-            rank[owner],
-            rank_of_class[truth.labels],
-            truth_boxes,
-            area=truth.area.astype(np.float64),
-            iscrowd=truth.crowd,
+            rank[owner][used],
+            rank_of_class[truth.labels][used],
+            truth_boxes[used],
+            area=truth.area.astype(np.float64)[used],
+            iscrowd=truth.crowd[used],
         )
         found = np.empty((len(table.score), 7))
         found[:, 0] = rank[table.picture]
@@ -323,10 +372,7 @@ class Evaluator:
         found[:, 6] = rank_of_class[table.label]
         evaluation = hotcoco.COCOeval(reference, reference.load_res(found), "bbox")
         evaluation.params.max_dets = _limits(self.max_detections)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        curves: dict[str, Any] = evaluation.eval or {}
-        return curves["precision"], curves["recall"]
+        return evaluation
 
     def _per_class(self, precision: NDArray[np.float64], recall: NDArray[np.float64]) -> tuple[ClassScore, ...]:
         categories = self.dataset.categories

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from finedetr.errors import DataError
+from finedetr.evaluate.diagnosis import Diagnosis
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +23,7 @@ SIZES: dict[str, tuple[float, float]] = {
 }
 """COCO's sizes by the area of an object in pixels of the original picture."""
 
+CONFUSED = 20  # lines of a table
 METRICS: dict[str, str] = {
     "ap": "AP",
     "ap50": "AP50",
@@ -75,6 +77,7 @@ class Evaluation:
         detections: How many detections came in.
         unanswered: Pictures for which no answer came; all their objects count as missed.
         max_detections: The limit for each picture and class.
+        diagnosis: What goes wrong, where somebody asked (`finedetr.evaluate.diagnose`).
     """
 
     ap: float
@@ -96,6 +99,7 @@ class Evaluation:
     detections: int
     unanswered: int = 0
     max_detections: int = 100
+    diagnosis: Diagnosis | None = None
 
     def metrics(self) -> dict[str, float]:
         """The twelve numbers under COCO's names: AP, AP50, AP75, AP_small ... AR_large."""
@@ -112,6 +116,7 @@ class Evaluation:
             "detections": self.detections,
             "unanswered": self.unanswered,
             "max_detections": self.max_detections,
+            **({"diagnosis": self.diagnosis.to_dict()} if self.diagnosis else {}),
         }
 
     @classmethod
@@ -124,11 +129,13 @@ class Evaluation:
         try:
             metrics: dict[str, Any] = {key: float(values[name]) for key, name in METRICS.items()}
             counts = ("pictures", "boxes", "detections", "unanswered", "max_detections")
+            diagnosis = values.get("diagnosis")
             return cls(
                 **metrics,
                 per_class=tuple(ClassScore(**score) for score in values["per_class"]),
                 by_size={name: SizeScore(**score) for name, score in values["by_size"].items()},
                 **{name: int(values[name]) for name in counts},
+                diagnosis=Diagnosis.from_dict(diagnosis) if diagnosis else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"this is no evaluation: {error!r}", code="evaluation") from error
@@ -191,7 +198,25 @@ def _tsv(evaluation: Evaluation, per_class: bool) -> str:
     if per_class:
         rows = [(_plain(c.name), c.id, c.ap, c.ap50, c.ar, c.boxes) for c in evaluation.per_class]
         blocks.append([("class", "id", "AP", "AP50", "AR", "boxes"), *rows])
+    if evaluation.diagnosis is not None:
+        blocks += [[head, *rows] for head, rows in _findings(evaluation.diagnosis)]
     return "\n".join("".join("\t".join(map(_cell, row)) + "\n" for row in block) for block in blocks)
+
+
+def _findings(diagnosis: Diagnosis) -> list[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
+    """(header, rows) of each table of a diagnosis."""
+    names = [_plain(t.name) for t in diagnosis.thresholds]
+    sides = [*names, "nothing"]
+    confused = [(sides[c.truth], sides[c.answer], c.count) for c in diagnosis.confused()]
+    return [
+        (("error", "count", "AP50 lost"), [(e.kind, e.count, e.cost) for e in diagnosis.errors]),
+        (
+            ("class", "threshold", "F1", "precision", "recall"),
+            [(_plain(t.name), t.threshold, t.f1, t.precision, t.recall) for t in diagnosis.thresholds],
+        ),
+        (("truth", "answer", "boxes"), list(confused[:CONFUSED])),
+        (("picture", "found", "missed", "wrong"), [(w.file, w.found, w.missed, w.wrong) for w in diagnosis.worst]),
+    ]
 
 
 def _cell(value: object) -> str:
@@ -235,6 +260,14 @@ def _rich(evaluation: Evaluation, per_class: bool) -> list[RenderableType]:
             numbers = (str(c.id), _percent(c.ap), _percent(c.ap50), _percent(c.ar), str(c.boxes))
             table.add_row(escape(_plain(c.name)), *numbers)
         parts.append(table)
+    if evaluation.diagnosis is not None:
+        for head_row, rows in _findings(evaluation.diagnosis):
+            table = Table()
+            for name in head_row:
+                table.add_column(name, overflow="fold")
+            for row in rows:
+                table.add_row(*(escape(_plain(_cell(cell))) for cell in row))
+            parts.append(table)
     return parts
 
 

@@ -10,8 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finedetr.errors import DataError, RunError
 from finedetr.evaluate.charts import Curve, line_chart, smoothed
+from finedetr.evaluate.diagnosis import Diagnosis
 from finedetr.evaluate.evaluation import Evaluation
 
 __all__ = ["report_page", "write_report"]
@@ -39,6 +42,7 @@ th{color:var(--faint);font-weight:600}th,td{text-align:right}th:first-child,td:f
 td.bar{width:160px}td.bar i{display:block;height:.7em;border-radius:3px;background:#3b82f6}
 img{max-width:100%;border-radius:8px}
 """
+MATRIX = 21  # the most rows of a confusion matrix on the page
 PICTURES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
 
@@ -67,6 +71,8 @@ def report_page(
         body.append(f"<h2>Curves</h2><div class=charts>{charts}</div>")
     if evaluation is not None:
         body.append(_classes(evaluation) + _sizes(evaluation))
+        if evaluation.diagnosis is not None:
+            body.append(_findings(evaluation.diagnosis))
     for caption, data, kind in pictures:
         source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
         body.append(f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="{source}">')
@@ -101,7 +107,7 @@ def write_report(run: str | Path) -> Path:
     page = report_page(run.resolve().name, records, evaluation, pictures, facts)
     path, part = run / "report.html", run / f".report.html.{os.getpid()}.tmp"
     try:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
         os.replace(part, path)
     except OSError as error:
         raise RunError(f"{path}: the page cannot be written ({error})", code="io") from error
@@ -194,6 +200,42 @@ def _sizes(e: Evaluation) -> str:
         f"<tr><td>{escape(name)}<td>{_points(s.ap)}<td>{_points(s.ar)}<td>{s.boxes}" for name, s in e.by_size.items()
     )
     return f"<h2>Sizes</h2><table><tr><th>size<th>AP<th>AR<th>boxes{rows}</table>"
+
+
+def _findings(d: Diagnosis) -> str:
+    """Kinds of error, thresholds, confusion, the worst pictures."""
+    errors = "".join(f"<tr><td>{e.kind}<td>{e.count}<td>{_points(e.cost)}" for e in d.errors)
+    limits = "".join(
+        f"<tr><td>{escape(t.name)}<td>{t.threshold:.2f}<td>{_points(t.f1)}<td>{_points(t.precision)}"
+        f"<td>{_points(t.recall)}"
+        for t in d.thresholds
+    )
+    worst = "".join(f"<tr><td>{escape(Path(w.file).name)}<td>{w.found}<td>{w.missed}<td>{w.wrong}" for w in d.worst)
+    return (
+        f"<h2>Errors</h2><table><tr><th>kind<th>boxes<th>AP50 lost{errors}</table>"
+        "<h2>Thresholds</h2><p>The score with the best F1, measured on these pictures.</p>"
+        f"<table><tr><th>class<th>score<th>F1<th>precision<th>recall{limits}</table>"
+        f"<h2>Confusion</h2>{_confusion(d)}"
+        f"<h2>Worst pictures</h2><table><tr><th>picture<th>found<th>missed<th>wrong{worst}</table>"
+    )
+
+
+def _confusion(d: Diagnosis) -> str:
+    """The matrix, or where it would not fit a page, what is most confused."""
+    names = [escape(t.name) for t in d.thresholds] + ["nothing"]
+    if len(names) > MATRIX:
+        rows = "".join(f"<tr><td>{names[c.truth]}<td>{names[c.answer]}<td>{c.count}" for c in d.confused()[:MATRIX])
+        return f"<table><tr><th>truth<th>answer<th>boxes{rows}</table>"
+    matrix = d.matrix()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    rows = "".join(
+        f"<tr><td>{name}"
+        + "".join(f'<td style="background:rgba(59,130,246,{s:.2f})">{n or ""}' for n, s in zip(row, part, strict=True))
+        for name, row, part in zip(names, matrix.tolist(), share.tolist(), strict=True)
+    )
+    return (
+        f"<p>Rows: truth. Columns: answer.</p><table><tr><th>{''.join(f'<th>{name}' for name in names)}{rows}</table>"
+    )
 
 
 def _points(value: float) -> str:

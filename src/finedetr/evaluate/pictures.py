@@ -14,12 +14,13 @@ from torch import Tensor
 
 from finedetr.data.dataset import Dataset
 from finedetr.data.images import read_image
-from finedetr.detections import annotate, class_color
+from finedetr.detections import THRESHOLD, annotate, class_color
 from finedetr.errors import DataError, RunError, UsageError
 from finedetr.evaluate.coco import Evaluator
+from finedetr.evaluate.evaluation import Evaluation
 from finedetr.records import Targets
 
-__all__ = ["batch_sheet", "prediction_sheet", "save_picture"]
+__all__ = ["batch_sheet", "prediction_sheet", "save_picture", "worst_sheet"]
 
 PAPER, INK, FAINT = (24, 26, 30), (236, 238, 240), (150, 155, 162)
 GAP = 8
@@ -32,7 +33,7 @@ def prediction_sheet(
     indices: Sequence[int] | None = None,
     *,
     count: int = 8,
-    threshold: float = 0.4,
+    threshold: float | Sequence[float] = THRESHOLD,
     columns: int = 2,
     tile: int = 320,
 ) -> Image.Image:
@@ -43,13 +44,14 @@ def prediction_sheet(
         evaluator: What was found.
         indices: Which pictures; without them `count` ones that are spread over the data set, always the same.
         count: How many pictures.
-        threshold: Detections with a lower score are left out.
+        threshold: Detections with a lower score are left out; one for all classes, or one each.
         columns: Pairs in a row.
         tile: The longer side of each picture on the sheet, in pixels.
     """
     if indices is None:
         indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
     names = dataset.categories.names
+    limits = np.broadcast_to(np.array(threshold, dtype=np.float32), len(names))
     cells = []
     for index in indices:
         try:
@@ -63,14 +65,26 @@ def prediction_sheet(
         words = [f"{names[i]} (ignored)" if c else names[i] for i, c in zip(labels, dataset.crowd[rows], strict=True)]
         left = annotate(scaled, truth, words, [class_color(i) for i in labels])
         xyxy, score, label = evaluator.detections(index)
-        order = np.flatnonzero(score >= threshold)
+        order = np.flatnonzero(score >= limits[label])
         order = order[np.argsort(score[order], kind="stable")]
         captions = [f"{names[label[i]]} {score[i]:.2f}" for i in order]
         right = annotate(scaled, truth, [""] * len(truth), [TRUTH] * len(truth), dashed=True)
         right = annotate(right, xyxy[order] * factor, captions, [class_color(int(label[i])) for i in order])
         cells.append((_beside(left, right, tile), Path(dataset.files[index]).name))
-    title = f"left: truth    right: detections from a score of {threshold:g}, truth dashed"
+    least = f"a score of {threshold:g}" if isinstance(threshold, float) else "the threshold of their class"
+    title = f"left: truth    right: detections from {least}, truth dashed"
     return _sheet(cells, title, columns)
+
+
+def worst_sheet(evaluation: Evaluation, evaluator: Evaluator, count: int = 8) -> Image.Image | None:
+    """A prediction sheet of the pictures with the most faults, at the thresholds of a diagnosis; None without any."""
+    diagnosis = evaluation.diagnosis
+    if diagnosis is None or not diagnosis.worst:
+        return None
+    place = {identity: index for index, identity in enumerate(evaluator.dataset.ids.tolist())}
+    indices = [place[faults.id] for faults in diagnosis.worst[:count]]
+    thresholds = [entry.threshold for entry in diagnosis.thresholds]
+    return prediction_sheet(evaluator.dataset, evaluator, indices, threshold=thresholds)
 
 
 def batch_sheet(

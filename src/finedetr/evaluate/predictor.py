@@ -7,8 +7,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor, distributed, nn
 from finedetr.data.dataset import Categories, Dataset
 from finedetr.data.images import resize
 from finedetr.data.loader import EvaluationLoader
-from finedetr.detections import Detections
+from finedetr.detections import THRESHOLD, Detections
 from finedetr.errors import DataError, FineDETRError, RunError, UsageError
+from finedetr.evaluate.address import is_address
 from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Inference, Precision, at_rest
-from finedetr.evaluate.sources import Pictures, Source, find_pictures, read_source
+from finedetr.evaluate.sources import Pictures, Source, each_picture, find_pictures, read_source
+from finedetr.evaluate.tiles import cut, merge
+from finedetr.evaluate.video import Frame
 from finedetr.model.classes import match_names
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Predictor", "evaluate_detector"]
 
 log = logging.getLogger("finedetr.evaluate")
-Loaded = tuple[Source, NDArray[np.uint8], Tensor]
+Loaded: TypeAlias = "tuple[Source | Frame, NDArray[np.uint8], Tensor]"
 
 
 class Predictor:
@@ -78,63 +81,83 @@ class Predictor:
     def __call__(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
-    ) -> Detections | list[Detections]:
-        """Detects in one picture (one `Detections`), or in a folder, a glob or a list (a list of them).
+        tile: int | None = None,
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detects in one picture (one `Detections`), in a folder, a glob or a list (a list), in a video (an iterator).
 
         Args:
-            source: A file, a folder, a glob, a PIL image, a uint8 RGB array [H, W, 3], or a list of these.
-            threshold: Detections with a lower score are left out.
+            source: A file, an http(s) address, a folder, a glob, a video, a PIL image, a uint8 RGB array [H, W, 3],
+                or a list of these.
+            threshold: Detections with a lower score are left out; None: the thresholds of the weights, one a class, or
+                0.4 where they have none.
             batch: Another batch size for this call.
             nms: Suppress overlaps of one class above this IoU; off by default, as the detector needs none.
+            tile: Cut larger pictures into overlapping tiles of this side in pixels, and merge what is found in them and
+                in the whole: for objects that are too small at the detector's input size.
 
         Raises:
             DataError: A file that was named cannot be read. In a folder or a glob it is passed over with a warning.
+            RunError: An address gives no picture.
             UsageError: A source or a number that cannot be.
         """
         found = find_pictures(source)
+        answers = self._stream(found, self._asked(threshold, batch, nms, tile))
+        if found.video:
+            return answers
+        if found.single:
+            (answer,) = answers
+            return answer
         # Ten thousand results must not hold ten thousand pictures: those from files are read again to be drawn.
-        answers = [
-            answer if found.single or answer.path is None else replace(answer, image=None)
-            for answer in self._stream(found, *self._checked(threshold, batch, nms))
+        return [
+            answer if answer.path is None or is_address(answer.path) else replace(answer, image=None)
+            for answer in answers
         ]
-        return answers[0] if found.single else answers
 
-    def predict(self, source: Source | Iterable[Source], threshold: float = 0.4, **options: Any) -> Any:
+    def predict(self, source: Source | Iterable[Source], threshold: float | None = None, **options: Any) -> Any:
         """The same as calling the predictor."""
         return self(source, threshold, **options)
 
     def stream(
         self,
         source: Source | Iterable[Source],
-        threshold: float = 0.4,
+        threshold: float | None = None,
         batch: int | None = None,
         *,
         nms: float | None = None,
+        tile: int | None = None,
     ) -> Iterator[Detections]:
         """As a call, but one `Detections` after the other, each with its picture, in little memory."""
-        return self._stream(find_pictures(source), *self._checked(threshold, batch, nms))
+        return self._stream(find_pictures(source), self._asked(threshold, batch, nms, tile))
 
-    def _checked(self, threshold: float, batch: int | None, nms: float | None) -> tuple[float, int, float | None]:
-        if not 0 <= threshold <= 1 or (nms is not None and not 0 <= nms <= 1):
+    def _asked(self, threshold: float | None, batch: int | None, nms: float | None, tile: int | None) -> _Asked:
+        if not 0 <= (threshold or 0) <= 1 or not 0 <= (nms or 0) <= 1:
             raise UsageError(f"threshold and nms are in 0..1; got {threshold} and {nms}", code="range")
         batch = self.batch if batch is None else batch
         if batch < 1:
             raise UsageError(f"batch is at least 1; got {batch}", code="range")
-        return threshold, batch, nms
+        if tile is not None:
+            cut(1, 1, tile)
+        scores = self.card.thresholds if threshold is None and self.card.thresholds else (THRESHOLD,)
+        scores = scores if threshold is None else (threshold,)
+        return _Asked(np.broadcast_to(np.array(scores, dtype=np.float32), len(self.names)), batch, nms, tile)
 
-    def _stream(self, found: Pictures, threshold: float, batch: int, nms: float | None) -> Iterator[Detections]:
+    def _stream(self, found: Pictures, asked: _Asked) -> Iterator[Detections]:
         with ThreadPoolExecutor(self.workers) as pool:
-            loaded = self._loaded(pool, found, 2 * batch)
-            while group := list(itertools.islice(loaded, batch)):
-                yield from self._detect(group, threshold, nms)
+            loaded = self._loaded(pool, found, 2 * asked.batch)
+            while group := list(itertools.islice(loaded, asked.batch)):
+                if asked.tile is None:
+                    answers = self._detect(group, asked.thresholds)
+                else:
+                    answers = (self._detect_in_tiles(one, asked.tile, asked) for one in group)
+                yield from answers if asked.nms is None else (answer.nms(asked.nms) for answer in answers)
 
     def _loaded(self, pool: ThreadPoolExecutor, found: Pictures, ahead: int) -> Iterator[Loaded]:
         """What the threads read, in order, so many pictures ahead; without those that may be passed over."""
-        rest = iter(found.items)
+        rest = each_picture(found.items)
         waiting = deque(pool.submit(self._load, item) for item in itertools.islice(rest, ahead))
         broken = 0
         try:
@@ -155,12 +178,12 @@ class Predictor:
         if broken:
             log.warning("data.corrupt_image: %d of %d pictures were passed over", broken, len(found.items))
 
-    def _load(self, item: Source) -> Loaded:
+    def _load(self, item: Source | Frame) -> Loaded:
         """In a thread: pixels, and the detector's input as bytes."""
         pixels = read_source(item)
         return item, pixels, resize(pixels, self.card.size)
 
-    def _detect(self, group: Sequence[Loaded], threshold: float, nms: float | None) -> Iterator[Detections]:
+    def _detect(self, group: Sequence[Loaded], thresholds: NDArray[np.float32]) -> Iterator[Detections]:
         sizes = np.array([(pixels.shape[1], pixels.shape[0]) for _, pixels, _ in group])
         images = torch.stack([tensor for _, _, tensor in group])
         boxes, scores, labels = self.inference(self.detector, images, sizes)
@@ -171,14 +194,43 @@ class Predictor:
                 hint="The weights have diverged, or half precision overflows: try fp32.",
             )
         for row, (item, pixels, _) in enumerate(group):
-            keep = scores[row] >= threshold
+            keep = scores[row] >= thresholds[labels[row]]
             width, height = (int(value) for value in sizes[row])
             xyxy = np.clip(boxes[row][keep], 0, np.array([width, height, width, height], dtype=np.float32))
-            path = str(item) if isinstance(item, str) else None
-            answer = Detections(
-                xyxy, scores[row][keep], labels[row][keep], self.names, (width, height), path=path, image=pixels
-            )
-            yield answer if nms is None else answer.nms(nms)
+            answer = Detections(xyxy, scores[row][keep], labels[row][keep], self.names, (width, height))
+            yield _signed(answer, item, pixels)
+
+    def _detect_in_tiles(self, one: Loaded, side: int, asked: _Asked) -> Detections:
+        """The whole picture and its tiles, so many at a time, as one answer."""
+        item, pixels, small = one
+        size = (pixels.shape[1], pixels.shape[0])
+        regions = cut(*size, side)
+        answers: list[Detections] = []
+        for start in range(0, len(regions), asked.batch):
+            crops = [
+                (region, pixels[region[1] : region[3], region[0] : region[2]])
+                for region in regions[start:][: asked.batch]
+            ]
+            group = [(crop, crop, small if r == regions[0] else resize(crop, self.card.size)) for r, crop in crops]
+            answers += self._detect(group, asked.thresholds)
+        return _signed(answers[0] if len(regions) == 1 else merge(answers, regions, size), item, pixels)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks for: a threshold for each class, and the rest."""
+
+    thresholds: NDArray[np.float32]
+    batch: int
+    nms: float | None
+    tile: int | None
+
+
+def _signed(answer: Detections, item: Source | Frame, pixels: NDArray[np.uint8]) -> Detections:
+    """An answer that knows where its picture came from, and the picture."""
+    if isinstance(item, Frame):
+        return replace(answer, path=item.path, image=pixels, frame=item.number, seconds=item.seconds)
+    return replace(answer, path=item if isinstance(item, str) else None, image=pixels)
 
 
 def evaluate_detector(

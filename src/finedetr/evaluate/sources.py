@@ -1,10 +1,10 @@
-"""What a user points at: a picture, an array, a folder, a glob, or a list of these. Finds the pictures in it."""
+"""What a user points at: a picture, an address, an array, a video, a folder, a glob, or a list of these."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from finedetr.data.images import SUFFIXES, read_image, to_rgb
+from finedetr.data.images import SUFFIXES, decode, read_image, to_rgb
 from finedetr.errors import DataError, UsageError
+from finedetr.evaluate.address import fetch, is_address
+from finedetr.evaluate.video import Frame, Video, is_video
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Pictures", "Source", "find_pictures", "read_source"]
+__all__ = ["Pictures", "Source", "each_picture", "find_pictures", "read_source"]
 
 Source: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
@@ -28,14 +30,19 @@ class Pictures:
     """What was found.
 
     Attributes:
-        items: Paths, PIL pictures or arrays, in order.
+        items: Paths, addresses, PIL pictures, arrays or videos, in order.
         single: Whether one picture was meant, so that one answer is expected.
         forgiving: Whether broken files are passed over: nobody named them one by one.
     """
 
-    items: tuple[Source, ...]
+    items: tuple[Source | Video, ...]
     single: bool
     forgiving: bool
+
+    @property
+    def video(self) -> bool:
+        """Whether there is a video among them: its frames are too many to be held."""
+        return any(isinstance(item, Video) for item in self.items)
 
 
 def find_pictures(source: Source | Iterable[Source]) -> Pictures:
@@ -53,12 +60,12 @@ def find_pictures(source: Source | Iterable[Source]) -> Pictures:
         return Pictures((cast("Source", source),), single=True, forgiving=False)
     if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
         raise UsageError(
-            f"a source is a path, a folder, a glob, a PIL image, a uint8 array [H, W, 3], or a list of these; "
-            f"got {type(source).__name__}",
+            f"a source is a path, a folder, a glob, an address, a PIL image, a uint8 array [H, W, 3], or a list of "
+            f"these; got {type(source).__name__}",
             code="source",
         )
     found = [item if _is_picture(item) else find_pictures(item) for item in source]
-    items: list[Source] = []
+    items: list[Source | Video] = []
     forgiving = bool(found)
     for item in found:
         if isinstance(item, Pictures):
@@ -70,13 +77,27 @@ def find_pictures(source: Source | Iterable[Source]) -> Pictures:
     return Pictures(tuple(items), single=False, forgiving=forgiving)
 
 
-def read_source(item: Source) -> NDArray[np.uint8]:
+def each_picture(items: Iterable[Source | Video]) -> Iterator[Source | Frame]:
+    """The same, videos as their frames."""
+    for item in items:
+        if isinstance(item, Video):
+            yield from item
+        else:
+            yield item
+
+
+def read_source(item: Source | Frame) -> NDArray[np.uint8]:
     """Pixels of one picture: uint8 [H, W, 3] RGB, upright.
 
     Raises:
         DataError: Where a file cannot be read; it names the file.
+        RunError: Where an address gives nothing.
         UsageError: For an array that is no picture.
     """
+    if isinstance(item, Frame):
+        return item.pixels
+    if isinstance(item, str) and is_address(item):
+        return decode(fetch(item), item)[0]
     if isinstance(item, (str, os.PathLike)):
         return read_image(os.fspath(item))
     if isinstance(item, np.ndarray):
@@ -92,16 +113,23 @@ def _is_picture(value: Any) -> bool:
 
 
 def _from_path(text: str) -> Pictures:
-    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
-    if scheme in ("http", "https", "rtsp", "rtmp", "ftp", "s3"):
+    if is_address(text):
+        if is_video(text.partition("?")[0]):
+            raise UsageError(f"{text}: videos are read from files", code="source", hint="Download it first.")
+        return Pictures((text,), single=True, forgiving=False)
+    if "://" in text:
         raise UsageError(
-            f"{text}: sources are files on this machine, addresses are not read",
+            f"{text}: pictures come from files and from http or https addresses",
             code="source",
             hint="Download it first.",
         )
+    if not text:
+        raise UsageError("a picture, a folder, a glob or an address is wanted; nothing came", code="source")
     path = Path(text)
     if path.is_dir():
         return Pictures(_below(path), single=False, forgiving=True)
+    if path.exists() and is_video(text):
+        return Pictures((Video(text),), single=False, forgiving=False)
     if path.exists():
         return Pictures((str(path),), single=True, forgiving=False)
     if glob.has_magic(text):

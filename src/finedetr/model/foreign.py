@@ -148,9 +148,8 @@ def read_official(path: Path) -> dict[str, Tensor]:
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle machine raises, and that is anything
-        raise ModelError(
-            f"{path} is no checkpoint that holds numbers only: {str(error).splitlines()[0]}", code="schema"
-        ) from error
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ModelError(f"{path} is no checkpoint that holds numbers only: {reason}", code="schema") from error
     if isinstance(document, Mapping) and {"format", "finedetr"} <= document.keys():
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         raise ModelError(

@@ -49,12 +49,18 @@ class Card:
     std: tuple[float, float, float] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    thresholds: tuple[float, ...] = ()  # of scores, one a class, where `finedetr eval --thresholds` has found them
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.category_ids):
             raise ModelError(
                 f"a card needs one category id for each class name, got {len(self.names)} names and "
                 f"{len(self.category_ids)} ids",
+                code="schema",
+            )
+        if self.thresholds and len(self.thresholds) != len(self.names):
+            raise ModelError(
+                f"a card needs one threshold for each class, got {len(self.thresholds)} for {len(self.names)} classes",
                 code="schema",
             )
 

@@ -148,7 +148,7 @@ class RunFolder:
     def write_json(self, path: Path, document: object) -> None:
         """Writes a document atomically, indented for readers."""
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
     def read_json(self, path: Path) -> Any:
         """Reads a document.
@@ -163,7 +163,7 @@ class RunFolder:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Adds one line to the metrics: `kind`, `epoch`, `step` and numbers."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with self.metrics.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ class RunFolder:
             if (record.get("epoch", 0) < epoch if record.get("kind") == "evaluation" else record.get("step", 0) <= step)
         ]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+        write_atomically(self.metrics, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def find_weights(target: str | Path) -> Path:

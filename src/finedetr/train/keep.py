@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from finedetr.data.dataset import Categories
 from finedetr.evaluate.coco import Evaluator
+from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.evaluation import Evaluation
-from finedetr.evaluate.pictures import batch_sheet, prediction_sheet, save_picture
+from finedetr.evaluate.pictures import batch_sheet, prediction_sheet, save_picture, worst_sheet
 from finedetr.model.weights import Card, save_weights
 from finedetr.records import Targets
 from finedetr.train.checkpoint import link_state
@@ -131,6 +133,8 @@ class Keeper:
         if better:
             self.best = evaluation
             save_picture(prediction_sheet(evaluator.dataset, evaluator), self.folder.samples / "predictions_val.jpg")
+            evaluation = replace(evaluation, diagnosis=diagnose(evaluator))
+            self._worst(evaluation, evaluator)
             self.folder.write_json(self.folder.predictions, evaluator.coco_results())
             self.folder.write_json(
                 self.folder.evaluation,
@@ -152,6 +156,14 @@ class Keeper:
             f"AR {evaluation.ar100:.4f}{star}  {clock(p.seconds)}"
         )
         self.status("running", p)
+
+    def _worst(self, evaluation: Evaluation, evaluator: Evaluator) -> None:
+        """The pictures with the most faults, beside their truth."""
+        path = self.folder.samples / "worst_val.jpg"
+        path.unlink(missing_ok=True)
+        sheet = worst_sheet(evaluation, evaluator)
+        if sheet is not None:
+            save_picture(sheet, path)
 
     def unmeasured(self, detector: nn.Module, p: Progress) -> None:
         """Keeps the weights of a run that has no pictures for an evaluation: the last ones are the best."""

@@ -38,7 +38,7 @@ class Reporter:
     def __init__(self, file: Path | None = None, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.quiet = quiet
-        self._file = file.open("a", encoding="utf-8") if file else None
+        self._file = file.open("a", encoding="utf-8", errors="backslashreplace") if file else None
         live = not quiet and self.stream.isatty() and not os.environ.get("CI")
         self.console = Console(file=self.stream, highlight=False) if live else None
         self._progress: Progress | None = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from finedetr.data.dataset import Dataset, finish
-from finedetr.data.formats import coco, voc, yolo
+from finedetr.data.formats import coco, table, voc, yolo
+from finedetr.data.hugging_face import is_hugging_face
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["LAYOUTS", "list_splits", "open_dataset"]
 
-LAYOUTS = ("yolo", "coco", "voc")
+READERS: dict[str, Any] = {"yolo": yolo, "voc": voc, "csv": table}  # COCO's takes a folder of pictures, too
+LAYOUTS = ("coco", *READERS)
 SYNONYMS = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
@@ -27,10 +30,10 @@ def open_dataset(
     """Reads one split of a data set whose layout is sniffed.
 
     Args:
-        path: A folder (COCO, YOLO, Pascal VOC), a COCO JSON file or a YOLO `data.yaml`.
+        path: A folder (COCO, YOLO, Pascal VOC, CSV), a COCO JSON file, a YOLO `data.yaml` or a CSV.
         split: `train`, `val` (or `valid`, `validation`), `test`, or a name that the layout knows (`trainval`).
-            Ignored where `path` is one COCO JSON.
-        layout: `coco`, `yolo` or `voc`; None sniffs.
+            Ignored where `path` is one COCO JSON or one CSV.
+        layout: `coco`, `yolo`, `voc` or `csv`; None sniffs.
         images: The folder of the pictures, for COCO; None searches beside the annotations.
         need_images: False reads annotations alone (saved results are to be evaluated): no file is looked for.
         skip_missing: Go on without absent pictures however many they are.
@@ -43,10 +46,8 @@ def open_dataset(
     split = SYNONYMS.get(split, split)
     if chosen == "coco":
         draft = coco.read(root, split, evidence, images, need_images)
-    elif chosen == "yolo":
-        draft = yolo.read(root, split, evidence)
     else:
-        draft = voc.read(root, split, evidence)
+        draft = READERS[chosen].read(root, split, evidence)
     return finish(draft, need_images=need_images, skip_missing=skip_missing)
 
 
@@ -54,8 +55,7 @@ def list_splits(path: str | Path, layout: str | None = None) -> tuple[str, ...]:
     """The splits of a data set, by their common names (`train`, `val`, `test` first)."""
     root = Path(path)
     chosen, _ = sniff(root, layout)
-    reader = {"coco": coco, "yolo": yolo, "voc": voc}[chosen]
-    names: tuple[str, ...] = reader.splits(root)
+    names: tuple[str, ...] = (coco if chosen == "coco" else READERS[chosen]).splits(root)
     first = [name for name in ("train", "val", "test") if name in names]
     return (*first, *sorted(set(names) - set(first)))
 
@@ -64,11 +64,17 @@ def sniff(root: Path, layout: str | None = None) -> tuple[str, str]:
     """The layout of a path and the evidence for it; DataError where there is none, or more than one."""
     if layout is not None and layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}", code="layout", hint=did_you_mean(layout, LAYOUTS))
+    if is_hugging_face(str(root)) or str(root).startswith("hf:"):
+        raise DataError(
+            f"{root} belongs to Hugging Face's datasets, whose pictures are no files",
+            code="layout",
+            hint="Write it out first: finedetr data convert SOURCE OUT --to coco",
+        )
     if not root.exists():
         raise DataError(
             f"{root} does not exist", code="none", hint="Give the folder of a data set, or its JSON or YAML."
         )
-    signs = {"coco": coco.evidence(root), "yolo": yolo.evidence(root), "voc": voc.evidence(root)}
+    signs = {"coco": coco.evidence(root)} | {name: reader.evidence(root) for name, reader in READERS.items()}
     found = {name: sign for name, sign in signs.items() if sign}
     if layout is not None:
         if layout not in found:
@@ -91,14 +97,15 @@ def looked_for(root: Path) -> str:
     """What a data set would have shown, and what the folder holds instead."""
     wanted = (
         "Looked for: data.yaml with names (YOLO); _annotations.coco.json, annotations/instances_*.json or a JSON "
-        "with images, annotations and categories (COCO); JPEGImages/, Annotations/ and ImageSets/ (VOC)."
+        "with images, annotations and categories (COCO); JPEGImages/, Annotations/ and ImageSets/ (VOC); a CSV "
+        "with the columns image, xmin, ymin, xmax, ymax, label."
     )
     if not root.is_dir():
         return f"{wanted} Found: a file named {root.name}."
     pictures = texts = 0
     for number, entry in enumerate(root.rglob("*")):
         pictures += entry.suffix.lower() in SUFFIXES
-        texts += entry.suffix.lower() in (".txt", ".json", ".xml", ".yaml")
+        texts += entry.suffix.lower() in (".txt", ".json", ".xml", ".yaml", ".csv")
         if number > 50_000:
             break
     return f"{wanted} Found: {pictures} pictures, {texts} files that could hold labels."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from finedetr.errors import DataError, did_you_mean
 __all__ = ["evidence", "read", "splits"]
 
 ROBOFLOW = "_annotations.coco.json"
+LARGEST = 1 << 62  # of ids, in either direction
 KEYS = ("images", "annotations", "categories")
 
 
@@ -31,7 +34,7 @@ class Reading:
         """A name for one entry of a section."""
         item = self.content[section][number]
         identity = item.get("id") if isinstance(item, dict) else None
-        return f"{self.path.name}: {section}[{number}]" + (f" (id {identity})" if identity is not None else "")
+        return f"{self.path.name}: {section}[{number}]" + (f" (id {identity!s:.40})" if identity is not None else "")
 
     def note(self, code: str, level: Any, message: str, where: tuple[str, ...] = (), count: int = 1) -> None:
         """Adds a note."""
@@ -82,6 +85,8 @@ def looks_like_coco(file: Path) -> bool:
     try:
         with open(file, "rb") as stream:
             text = stream.read(1 << 27)
+    except PermissionError as error:  # a split that is passed over without a word would be worse
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="json") from error
     except OSError:
         return False
     return b'"images"' in text and (b'"annotations"' in text or b'"categories"' in text)
@@ -129,7 +134,7 @@ def picture_folder(root: Path, file: Path, names: list[str], images: str | Path 
     for word in words:
         candidates += [base / word, base / "images" / word, base / word / "images"]
     probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum((folder / name).is_file() for name in probe))
+    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -194,6 +199,8 @@ def read_categories(reading: Reading, root: Path) -> Categories:
         if not isinstance(item, dict) or whole(item.get("id")) is None or item.get("name") is None:
             raise DataError(f"{place}: wanted an id (a whole number) and a name; got {item!r:.120}", code="keys")
         identity = int(item["id"])
+        if abs(identity) >= LARGEST:
+            raise DataError(f"{place}: category id {identity:.3g} is too large", code="keys")
         if identity in table:
             raise DataError(f"{place}: category id {identity} is given twice", code="duplicate_id")
         table[identity] = str(item["name"])
@@ -272,7 +279,7 @@ def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]
 def picture_ids(reading: Reading, keys: list[Any]) -> Any:
     """Ids as unique non-negative integers; where the file's own are not, 1..N with a note."""
     numbers = [whole(key) for key in keys]
-    if all(n is not None and 0 <= n < 1 << 62 for n in numbers) and len(set(numbers)) == len(numbers):
+    if all(n is not None and 0 <= n < LARGEST for n in numbers) and len(set(numbers)) == len(numbers):
         return np.array(numbers, dtype=np.int64)
     reading.note("image_ids", "warn", f"image ids such as {keys[0]!r} are no whole numbers: renumbered from 1.")
     return np.arange(1, len(keys) + 1, dtype=np.int64)
@@ -281,7 +288,7 @@ def picture_ids(reading: Reading, keys: list[Any]) -> Any:
 def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Categories) -> tuple[Any, ...]:
     """Parallel arrays: picture, label, xyxy, crowd, area, annotation id."""
     class_index = categories.index_of()
-    rows, orphans = [], []
+    rows, orphans, unusable = [], [], 0
     for number, item in enumerate(reading.content["annotations"]):
         if not isinstance(item, dict):
             raise DataError(f"{reading.entry('annotations', number)}: wanted an object; got {item!r:.80}", code="keys")
@@ -299,10 +306,16 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
             raise DataError(f"{place}: category_id {item['category_id']!r} is none of the {known}", code="class_range")
         box, area = numbers_of(reading, number, item)
         identity = whole(item.get("id"))
-        rows.append((picture, label, *box, bool(item.get("iscrowd", 0)), area, -1 if identity is None else identity))
+        identity = -1 if identity is None or identity >= LARGEST else identity
+        crowd = item.get("iscrowd") not in (None, 0, "", "0", "false", "False")
+        unusable += item.get("area") is not None and not 0 <= area < math.inf
+        rows.append((picture, label, *box, crowd, area if 0 <= area < math.inf else math.nan, identity))
     if orphans:
         message = f"{len(orphans)} annotations belong to no listed picture and are dropped: {listed(orphans)}"
         reading.note("orphan", "warn", message, tuple(orphans), len(orphans))
+    if unusable:
+        message = f"{unusable} areas are negative or no numbers: width times height is taken instead."
+        reading.note("area", "warn", message, count=unusable)
     table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     identities = annotation_ids(reading, [row[8] for row in rows])
     boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
@@ -315,7 +328,7 @@ def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tup
     try:
         box = tuple(float(value) for value in item["bbox"])
         area = float(item["area"]) if item.get("area") is not None else float("nan")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         box, area = (), 0.0
     if len(box) != 4:
         place = reading.entry("annotations", number)
@@ -328,7 +341,7 @@ def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tup
 def annotation_ids(reading: Reading, numbers: list[int]) -> Any:
     """Unique annotation ids: the file's own, or 1..T with a note where they are absent or repeat."""
     unique = set(numbers)
-    if len(unique) == len(numbers) and (not unique or (min(unique) >= 0 and max(unique) < 1 << 62)):
+    if len(unique) == len(numbers) and (not unique or (min(unique) >= 0 and max(unique) < LARGEST)):
         return np.array(numbers, dtype=np.int64)
     repeated = [str(n) for n, count in Counter(numbers).items() if count > 1 and n >= 0]
     what = f"{len(repeated)} annotation ids repeat ({listed(repeated)})" if repeated else "annotation ids are absent"

@@ -43,7 +43,7 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     known = split_files(root)
     if split not in known:
         raise DataError(f"{root} has no split {split!r}", code="split", hint=did_you_mean(split, known))
-    names = [line.split()[0] for line in known[split].read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_list(root, known[split])
     if not names:
         raise DataError(f"{known[split]} names no pictures", code="empty_split")
     repeated = len(names) - len(set(names))
@@ -79,6 +79,17 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     )
 
 
+def read_list(root: Path, file: Path) -> list[str]:
+    """Names in a split's file. A mark may follow a name (`2008_000008 -1`); a name that exists may hold spaces."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})", code="split", hint="A list is UTF-8 text.") from error
+    return [
+        line if (root / "Annotations" / f"{line}.xml").is_file() else line.split()[0] for line in lines if line.strip()
+    ]
+
+
 def picture_files(root: Path, names: list[str]) -> tuple[str, ...]:
     """The file of each name, whatever its suffix; `.jpg` where there is none, to be reported as absent."""
     folder = root / "JPEGImages"
@@ -95,7 +106,7 @@ def parse(file: Path) -> ElementTree.Element | None:
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{file}:{line}:{column}: not valid XML ({error})", code="xml") from error
-    except OSError as error:
+    except (OSError, LookupError, ValueError) as error:  # an encoding that nobody knows, or that expat cannot read
         raise DataError(f"{file}: cannot be read ({error})", code="xml") from error
 
 
@@ -119,9 +130,9 @@ def size_of(tree: ElementTree.Element | None) -> tuple[int, int]:
         return 0, 0
     try:
         width, height = int(float(size.findtext("width") or 0)), int(float(size.findtext("height") or 0))
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0, 0
-    return (width, height) if width > 0 and height > 0 else (0, 0)
+    return (width, height) if min(width, height) > 0 and max(width, height) < 1 << 20 else (0, 0)
 
 
 def read_objects(
@@ -138,7 +149,7 @@ def read_objects(
             label = (item.findtext("name") or "").strip()
             if not label:
                 raise DataError(f"{place}: has no name", code="keys")
-            difficult = (item.findtext("difficult") or "0").strip() not in ("", "0")
+            difficult = (item.findtext("difficult") or "").strip().lower() in ("1", "true", "yes")
             rows.append((picture, index_of[label], *corners(item, place), difficult))
             places.append(place)
     return rows, places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def evidence(root: Path) -> str:
 def has_names(file: Path) -> bool:
     """Whether a YAML names classes (a text search: a broken file is to be reported, not missed)."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except PermissionError as error:  # "no known layout" would send the reader the wrong way
+        raise DataError(f"{file}: cannot be read ({error.strerror})", code="yaml") from error
     except OSError:
         return False
     return any(line.startswith(("names", '"names"', "'names'")) for line in text.splitlines())
@@ -50,8 +53,8 @@ def load_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
     file = root if root.is_file() else find_yaml(root)
     assert file is not None  # sniffing found it
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())})", code="yaml") from error
     if not isinstance(content, dict) or not content.get("names"):
         raise DataError(f"{file}: wanted `names` as a list or as index: name", code="yaml")
@@ -73,6 +76,11 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     if categories.ids != tuple(range(len(categories))):
         message = f"class numbers {listed([str(i) for i in categories.ids])} -> indices 0..{len(categories) - 1}."
         notes.append(Note("data.class_gap", "info", message))
+    twice = [name for name, count in Counter(categories.names).items() if count > 1]
+    if twice:
+        notes.append(
+            Note("data.class_names", "warn", f"several classes share a name: {listed(twice)}", count=len(twice))
+        )
     labels = [label_file(path) for path in files]
     rows, lines, pictures, polygons = [], [], [], 0
     class_index = categories.index_of()
@@ -113,6 +121,9 @@ def read_names(file: Path, names: Any) -> Categories:
         table = {int(key): value for key, value in names.items()}
     else:
         raise DataError(f"{file}: wanted `names` as a list or as index: name; got {names!r:.80}", code="yaml")
+    nested = [name for name in table.values() if isinstance(name, (list, dict)) or name is None]
+    if nested:
+        raise DataError(f"{file}: wanted a word for each name; got {nested[0]!r:.80}", code="yaml")
     ids = tuple(sorted(table))
     return Categories(ids, tuple(str(table[i]) for i in ids))
 
@@ -155,10 +166,12 @@ def resolve(file: Path, content: dict[str, Any], item: str) -> Path:
 
 
 def below(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted."""
-    found = []
+    """Every picture below a folder, sorted; a link to a folder that is walked already leads nowhere."""
+    found, walked = [], {os.path.realpath(folder)}
     for place, folders, names in os.walk(absolute(folder), followlinks=True):
-        folders.sort()
+        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders[:] = [name for name, target in targets.items() if target not in walked]
+        walked |= set(targets.values())
         found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     return sorted(found)
 
@@ -167,7 +180,11 @@ def listed_in(file: Path, yaml_file: Path, content: dict[str, Any]) -> list[str]
     """Pictures named in a text file, one a line, relative to that file or to the data set."""
     base = yaml_file.parent / str(content.get("path") or ".")
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})", code="split", hint="A list is UTF-8 text.") from error
+    for line in lines:
         name = line.strip()
         if name:
             places = [Path(name)] if os.path.isabs(name) else [file.parent / name, base / name]
@@ -185,7 +202,7 @@ def label_file(picture: str) -> str:
 def read_label_file(path: str) -> list[tuple[int, list[float]]]:
     """(line number, numbers) of each row; an absent file is a picture without boxes."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except FileNotFoundError:
         return []
@@ -228,7 +245,7 @@ def box_of(values: list[float], path: str, line: int) -> tuple[float, float, flo
         )
     finite = [value for value in numbers if math.isfinite(value)]
     if finite and (max(finite) > OUTSIDE or min(finite) < 1 - OUTSIDE):
-        worst = max(finite, key=abs)
+        worst = max(finite, key=lambda value: abs(value - 0.5))
         raise DataError(
             f"{path}:{line}: values outside 0..1 ({worst:g}): are these boxes in pixels?",
             code="not_normalised",

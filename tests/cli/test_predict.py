@@ -1,0 +1,117 @@
+"""`finedetr predict`: labels for other tools, videos, tiles; sources are never written over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finedetr.cli import main
+from finedetr.data.formats import open_dataset
+from finedetr.evaluate.video import VideoWriter
+from finedetr.model.detector import Detector
+from finedetr.model.weights import Card, save_weights
+from tests.data.test_formats import write
+from tests.train.tiny import TINY
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
+    card = Card(TINY, ("hen", "egg, brown"), (3, 9), size=(64, 64))
+    return str(save_weights(path, Detector(TINY, 2), card))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures ü"
+    for name in ("a.jpg", "deep/a.png", "b.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 70), (100, 90, 20)).save(folder / name)
+    return folder
+
+
+def words(weights: str, source: Path, out: Path, *more: str) -> list[str]:
+    return ["predict", weights, str(source), "--out", str(out), "--device", "cpu", "--threshold", "0", *more]
+
+
+def test_labels_for_other_tools_read_as_data_sets(weights: str, pictures: Path, tmp_path: Path) -> None:
+    for kind, file in (("coco", "predictions.json"), ("csv", "predictions.csv")):
+        out = tmp_path / kind
+        assert main(words(weights, pictures, out, "--format", kind, "--no-draw")) == 0
+        data = open_dataset(out / file)
+        assert [Path(name).name for name in data.files] == ["a.jpg", "b.jpg", "a.png"]
+        assert set(data.categories.names) <= {"hen", "egg, brown"}
+        lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert len(data.labels) == sum(len(line["detections"]) for line in lines)
+        assert data.boxes[0].tolist() == pytest.approx(lines[0]["detections"][0]["xyxy"], abs=2e-3)
+    assert open_dataset(tmp_path / "coco" / "predictions.json").categories.ids == (3, 9)
+    shutil.copytree(pictures, tmp_path / "yolo" / "images")
+    assert main(words(weights, pictures, tmp_path / "yolo", "--format", "yolo", "--no-draw")) == 0
+    assert sorted(p.name for p in (tmp_path / "yolo" / "labels").iterdir()) == ["a-2.txt", "a.txt", "b.txt"]
+    write(tmp_path / "yolo" / "data.yaml", "train: images\nnames: [hen, egg]\n")
+    assert len(open_dataset(tmp_path / "yolo").labels)
+
+
+def test_sources_are_never_written_over(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (pictures / "a.jpg").read_bytes()
+    assert main(words(weights, pictures, pictures)) == 2
+    assert main(words(weights, pictures / "a.jpg", pictures / "deep" / "..")) == 2
+    assert capsys.readouterr().err.count("use.conflict") == 2
+    assert (pictures / "a.jpg").read_bytes() == before
+
+
+def test_tiles_and_numbers_out_of_range(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "48", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["pictures"][0]["width"] == 90
+    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "5")) == 2
+    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--format", "xml")) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are any bytes on Linux only")
+def test_a_name_that_is_no_text(weights: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (90, 70), (100, 90, 20)).save(folder / "a.jpg")
+    os.rename(folder / "a.jpg", os.fsencode(folder) + b"/\xff\n.jpg")
+    for kind in ("json", "coco", "csv", "yolo"):
+        done = subprocess.run(
+            [sys.executable, "-m", "finedetr", *words(weights, folder, tmp_path / kind, "--format", kind)],
+            capture_output=True,
+            check=True,
+        )
+        path = json.loads(done.stdout)["path"]
+        assert os.path.isfile(path)
+        assert json.loads((tmp_path / kind / "predictions.jsonl").read_text(encoding="utf-8"))["path"] == path
+
+
+def test_a_source_of_no_letters(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", weights, "", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "nothing came" in capsys.readouterr().err
+
+
+def test_a_video_becomes_lines_and_an_annotated_video(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    with VideoWriter(tmp_path / "clip.mp4", Fraction(10)) as writer:
+        for number in range(3):
+            writer.add(Image.new("RGB", (64, 48), (number, 90, 20)))
+    assert main(words(weights, tmp_path / "clip.mp4", tmp_path / "out")) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["frame"], line["seconds"]) for line in lines] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.jsonl"]
+    assert main(words(weights, tmp_path / "clip.mp4", tmp_path / "out", "--format", "coco")) == 2
+    assert "a frame of a video is no file" in capsys.readouterr().err
