@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finedetr.model.catalog import CATALOG, PRETRAINED_AP, family_of, weights_of
+from finedetr.model.catalog import CATALOG, PRETRAINED_AP, conditions, family_of, weights_of
 from finedetr.model.cost import count_operations
 from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
@@ -20,6 +20,12 @@ def test_every_model_has_a_row_and_a_family() -> None:
     assert CATALOG.keys() == ZOO.keys()
     assert all(family_of(name) is not None for name in CATALOG)
     assert family_of("mine") is None
+
+
+def test_what_weights_depend_on_is_said() -> None:
+    assert "DINOv3" in conditions("deimv2-l")[0]
+    assert "Objects365" in conditions("dfine-s")[0]
+    assert conditions("deimv2-s") == conditions("rtdetrv2-r50") == ()
 
 
 def test_weights_belong_to_their_models() -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.errors import UsageError, did_you_mean
-from finedetr.model.catalog import CATALOG, CODE_LICENSE, OBJECTS365, PRETRAINED_AP, family_of, weights_of
+from finedetr.model.catalog import CATALOG, CODE_LICENSE, PRETRAINED_AP, conditions, family_of, weights_of
 
 ACTIONS = ("list", "show", "pull", "push", "convert")
 
@@ -35,8 +35,8 @@ class Show:
 
     name: Annotated[str, tyro.conf.Positional]
     """Of the table."""
-    size: tuple[int, int] = (640, 640)
-    """Height and width of the picture for which operations are counted."""
+    size: tuple[int, int] | None = None
+    """Height and width of the picture for which operations are counted. Unset: that of the published model."""
     json: bool = False
     """Print one JSON document."""
 
@@ -176,17 +176,18 @@ def _show(flags: Show) -> dict[str, Any] | None:
     from finedetr.model.deploy import deployed
     from finedetr.model.detector import Detector
     from finedetr.model.pretrained import official_file
-    from finedetr.model.zoo import variant
+    from finedetr.model.zoo import published_input, variant
 
     config = variant(flags.name)
     with torch.device("meta"):
         detector = Detector(config, 80)
-    facts = _facts(flags.name)
+    facts, published = _facts(flags.name), published_input(config).size
+    size = flags.size or published
     counted = {
         "parameters": sum(p.numel() for p in detector.parameters()),
         "deployed_parameters": sum(p.numel() for p in deployed(detector, everything=False).parameters()),
-        "size": list(flags.size),
-        "gflops": round(count_operations(deployed(detector), flags.size) / 1e9, 3),
+        "size": list(size),
+        "gflops": round(count_operations(deployed(detector), size) / 1e9, 3),
     }
     if flags.json:
         return {"result": {**facts, "counted": counted, "config": asdict(config)}, "warnings": []}
@@ -199,10 +200,9 @@ def _show(flags: Show) -> dict[str, Any] | None:
         f"{config.decoder.queries} queries; {config.decoder.sampling} sampling"
     )
     output(f"counted   {counted['parameters']:,} parameters, {counted['deployed_parameters']:,} as deployed")
-    height, width = flags.size
-    output(f"counted   {counted['gflops']:.2f} GFLOPs at {height}x{width}")
+    output(f"counted   {counted['gflops']:.2f} GFLOPs at {size[0]}x{size[1]}")
     boxes = " (the official code computes boxes of all cells)" if config.decoder.boxes == "plain" else ""
-    output(f"reported  {entry.gflops:g} GFLOPs at 640x640{boxes}")
+    output(f"reported  {entry.gflops:g} GFLOPs at {published[0]}x{published[1]}{boxes}")
     output(
         f"reported  AP {entry.ap or '-'} on COCO val2017, {_number(entry.latency)} ms on a T4 (TensorRT, FP16, batch 1)"
     )
@@ -213,8 +213,8 @@ def _show(flags: Show) -> dict[str, Any] | None:
     if official_file(config.backbone.name):
         output(f"backbone  {official_file(config.backbone.name)} (ImageNet; train --backbone-weights)")
     output(f"license   code {CODE_LICENSE}; weights {family.weights_license}")
-    if any(not weights["name"].endswith("-coco") for weights in facts["weights"]):
-        output(f"          {OBJECTS365}")
+    for condition in conditions(config.name):
+        output(f"          {condition}")
     return None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finedetr.model.hub import PUBLISHED
 
-__all__ = ["CATALOG", "CODE_LICENSE", "Entry", "Family", "family_of", "weights_of"]
+__all__ = ["CATALOG", "CODE_LICENSE", "Entry", "Family", "conditions", "family_of", "weights_of"]
 
 CODE_LICENSE = "Apache-2.0"
 """Of FineDETR: all models are written here from their papers."""
@@ -101,7 +101,7 @@ class Family:
     elsewhere: str
 
 
-FAMILIES: dict[str, Family] = {  # by the beginning of a model's name
+FAMILIES: dict[str, Family] = {  # by the beginning of a model's name, the first that fits
     "dfine-": Family(
         "Peng et al., D-FINE, ICLR 2025",
         "Peterande/D-FINE",
@@ -120,20 +120,30 @@ FAMILIES: dict[str, Family] = {  # by the beginning of a model's name
         "Apache-2.0",
         "Google Drive, linked in the README of Intellindust-AI-Lab/DEIM",
     ),
+    "deimv2-hgnet-": Family(
+        "Huang et al., DEIMv2, 2025", "Intellindust-AI-Lab/DEIMv2", "none", "none published: configurations only"
+    ),
     "deimv2-": Family(
         "Huang et al., DEIMv2, 2025",
         "Intellindust-AI-Lab/DEIMv2",
-        "undeclared; L and X contain DINOv3 under Meta's DINOv3 License",
+        "undeclared",
         "Google Drive, linked in the README of Intellindust-AI-Lab/DEIMv2",
     ),
 }
 
 OBJECTS365 = "The images of Objects365, on which obj365 and obj2coco weights were trained, have terms of their own."
+DINOV3 = "The backbone began with DINOv3, whose weights are under Meta's DINOv3 License."
 
 
 def family_of(model: str) -> Family | None:
     """The family of a model; None where its name is nobody's."""
     return next((family for prefix, family in FAMILIES.items() if model.startswith(prefix)), None)
+
+
+def conditions(model: str) -> tuple[str, ...]:
+    """What else the published weights of a model depend on, a sentence each."""
+    found = [OBJECTS365] if any(not name.endswith("-coco") for name in weights_of(model)) else []
+    return (*found, DINOV3) if model in ("deimv2-l", "deimv2-x") else tuple(found)
 
 
 def weights_of(model: str) -> dict[str, str]:

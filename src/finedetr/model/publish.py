@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from finedetr.errors import ModelError, RunError, UsageError
-from finedetr.model.catalog import CODE_LICENSE, OBJECTS365, family_of
+from finedetr.model.catalog import CODE_LICENSE, conditions, family_of
 from finedetr.model.detector import Detector
 from finedetr.model.hub import OURS
 from finedetr.model.transformers import has_twin, write_transformers
@@ -27,7 +27,7 @@ def license_chain(card: Card) -> tuple[str, ...]:
     family = family_of(card.config.name)
     if family is not None:
         lines.append(f"weights that {family.repository} publishes, if these began with them: {family.weights_license}")
-        lines.append(OBJECTS365)
+        lines += conditions(card.config.name)
     return (*lines, "The pictures that these weights were trained on have terms of their own.")
 
 
