@@ -112,4 +112,5 @@ def test_the_unbroken_run_wrote_everything_that_a_run_leaves(unbroken: RunFolder
         "samples/train_standard.jpg",
         "samples/train_plain.jpg",
         "samples/predictions_val.jpg",
+        "samples/worst_val.jpg",
     }
