@@ -69,7 +69,8 @@ class Answers(torch.nn.Module):
         return matching.logits[-1], matching.boxes[-1]
 
 how, shipped = sys.argv[1], sys.argv[2] == "deployed"
-detector = {"dfine": test_detector, "rtdetrv2": test_rtdetrv2}[sys.argv[3]].tiny().eval()
+detector = test_detector.tiny() if sys.argv[3] == "dfine" else test_rtdetrv2.tiny(sampling=sys.argv[4])
+detector.eval()
 model = Answers(deployed(detector) if shipped else detector).eval()
 images = torch.rand(2, 3, 64, 96)
 with torch.inference_mode(False), torch.no_grad():
@@ -84,10 +85,20 @@ for a, b in zip(eager, other, strict=True):
 """
 
 
-@pytest.mark.parametrize(("how", "form"), [("export", "plain"), ("export", "deployed"), ("aot_eager", "plain")])
-@pytest.mark.parametrize("family", ["dfine", "rtdetrv2"])
-def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "form", "family", "sampling"),
+    [
+        *(
+            (how, form, family, "bilinear")
+            for family in ("dfine", "rtdetrv2")
+            for how, form in (("export", "plain"), ("export", "deployed"), ("aot_eager", "plain"))
+        ),
+        ("export", "deployed", "rtdetrv2", "discrete"),
+        ("aot_eager", "plain", "rtdetrv2", "discrete"),
+    ],
+)
+def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str, family: str, sampling: str) -> None:
     # in a process of its own: the shape checks of the tests would break the graph
-    command = [sys.executable, "-c", SCRIPT, how, form, family]
+    command = [sys.executable, "-c", SCRIPT, how, form, family, sampling]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
