@@ -106,6 +106,7 @@ def test_classes_are_matched_by_name(dataset: Dataset, caplog: pytest.LogCapture
     assert "not in the data set: ufo" in caplog.text
     result, _ = evaluate_detector(Swapped(dataset), dataset, (32, 32), workers=0, names=("Dog", "CAT", "ufo"))
     assert result.ap == pytest.approx(1)
+    assert "under another name: Dog as dog, CAT as cat" in caplog.text
     with pytest.raises(DataError, match="no name is the same"):
         evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0, names=("hen", "fox"))
 

@@ -71,8 +71,11 @@ class Answers(torch.nn.Module):
         return matching.logits[-1], matching.boxes[-1]
 
 how, shipped = sys.argv[1], sys.argv[2] == "deployed"
-family = {"dfine": test_detector, "rtdetrv2": test_rtdetrv2}.get(sys.argv[3])
-detector = Detector(ZOO[sys.argv[3]], 5) if family is None else family.tiny()
+detector = {
+    "dfine": test_detector.tiny,
+    "rtdetrv2": test_rtdetrv2.tiny,
+    "discrete": lambda: test_rtdetrv2.tiny(sampling="discrete"),
+}.get(sys.argv[3], lambda: Detector(ZOO[sys.argv[3]], 5))()
 detector.eval()
 model = Answers(deployed(detector) if shipped else detector).eval()
 images = torch.rand(2, 3, 64, 96)
@@ -88,8 +91,14 @@ for a, b in zip(eager, other, strict=True):
 """
 
 
-@pytest.mark.parametrize(("how", "form"), [("export", "plain"), ("export", "deployed"), ("aot_eager", "plain")])
-@pytest.mark.parametrize("family", ["dfine", "rtdetrv2", "deimv2-atto", "deimv2-l"])
+@pytest.mark.parametrize(
+    ("how", "form", "family"),
+    [
+        *((how, "plain", family) for how in ("export", "aot_eager") for family in ("dfine", "rtdetrv2")),
+        *(("export", "deployed", family) for family in ("dfine", "rtdetrv2", "discrete", "deimv2-atto", "deimv2-l")),
+        *(("aot_eager", "plain", family) for family in ("discrete", "deimv2-atto", "deimv2-l")),
+    ],
+)
 def test_exported_and_compiled_graphs_answer_as_eager(how: str, form: str, family: str) -> None:
     # in a process of its own: the shape checks of the tests would break the graph
     command = [sys.executable, "-c", SCRIPT, how, form, family]

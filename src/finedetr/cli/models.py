@@ -152,7 +152,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{row['name']:20} {row['parameters'] / 1e6:6.1f} M {row['gflops']:7.1f} {row['published_ap'] or '-':>5} "
             f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} "
-            f"{'Hub: ' + ', '.join(kinds) if kinds else '.pth of the authors'}"
+            f"{'Hub: ' + ', '.join(kinds) if kinds else '-' if row['weights_license'] == 'none' else '.pth of the authors'}"
         )
     return "\n".join(
         [

@@ -321,11 +321,10 @@ def _class_table(names: Sequence[str] | None, categories: Categories) -> NDArray
     """For each class of the detector the data set's class of that name, or -1; None where the classes are the same."""
     if names is None or tuple(names) == categories.names:
         return None
-    matched = match_names(categories.names, names)
+    pairs = [(own, truth) for truth, own in enumerate(match_names(categories.names, names)) if own is not None]
     table = np.full(len(names), -1, dtype=np.int64)
-    for truth, own in enumerate(matched):
-        if own is not None:
-            table[own] = truth
+    for own, truth in sorted(pairs, key=lambda pair: names[pair[0]] == categories.names[pair[1]]):
+        table[own] = truth  # the very same name comes last and stays
     known = np.flatnonzero(table >= 0)
     if not len(known):
         raise DataError(
@@ -335,10 +334,13 @@ def _class_table(names: Sequence[str] | None, categories: Categories) -> NDArray
     if len(set(names)) < len(names) or len(set(categories.names)) < len(categories.names):
         raise DataError("classes cannot be matched by name: a name stands twice", code="class_names")
     foreign = [name for name, truth in zip(names, table, strict=True) if truth < 0]
-    unknown = [name for name, own in zip(categories.names, matched, strict=True) if own is None]
+    unknown = [name for truth, name in enumerate(categories.names) if truth not in table]
+    found = [(names[own], categories.names[table[own]]) for own in known.tolist()]
+    renamed = [f"{own} as {truth}" for own, truth in found if own != truth]
     log.warning(
-        "data.class_names: classes are matched by name: %d in common%s%s",
+        "data.class_names: classes are matched by name: %d in common%s%s%s",
         len(known),
+        f"; under another name: {_some(renamed)}" if renamed else "",
         f"; not in the data set: {_some(foreign)}" if foreign else "",
         f"; not known to the detector, so never found: {_some(unknown)}" if unknown else "",
     )

@@ -308,7 +308,7 @@ def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path)
     raise ModelError(
         f"{path} holds a {given.name!r}, the run trains a {wanted.name!r}: {', '.join(differing[:5])}",
         code="mismatch",
-        hint=f"Use --model {given.name}, or other weights.",
+        hint="Leave --model out, for the weights know their own, or use other weights.",
     )
 
 
