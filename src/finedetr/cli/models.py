@@ -149,10 +149,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'model':20} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6}  {'weights':11} from"]
     for row in rows:
         kinds = [weights["name"].removeprefix(f"{row['name']}-") for weights in row["weights"]]
+        place = f"Hub: {', '.join(kinds)}" if kinds else "-" if row["weights_license"] == "none" else "authors' .pth"
         lines.append(
             f"{row['name']:20} {row['parameters'] / 1e6:6.1f} M {row['gflops']:7.1f} {row['published_ap'] or '-':>5} "
-            f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} "
-            f"{'Hub: ' + ', '.join(kinds) if kinds else '-' if row['weights_license'] == 'none' else '.pth of the authors'}"
+            f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} {place}"
         )
     return "\n".join(
         [
