@@ -139,6 +139,7 @@ def train(
     recipe: str | Recipe = "deim",
     extras: Iterable[str] = (),
     weights: str | Path | None = None,
+    teacher: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -156,6 +157,7 @@ def train(
         recipe: A name, or a `Recipe` as it shall be.
         extras: Names for `--with`.
         weights: Start from these.
+        teacher: Weights of a detector to learn from (`--with detrdistill` if `extras` make no use of it).
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
@@ -175,7 +177,7 @@ def train(
     else:
         card = read_card(start) if start else None
         config = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(config, recipe, tuple(extras), random_start=card is None)
+        made = build(config, recipe, tuple(extras), random_start=card is None, teacher=teacher is not None)
         if card is not None:
             made = replace(made, model=config, size=card.size, mean=card.mean, std=card.std)
     made = _with_settings(made, settings, "train()")
@@ -185,6 +187,7 @@ def train(
         made,
         folder,
         weights=start,
+        teacher=find_weights(teacher) if teacher is not None else None,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

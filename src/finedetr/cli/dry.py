@@ -41,7 +41,7 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
     document = {
         "recipe": to_dict(recipe),
         "origins": origins,
-        "objective": recipe.objective.formula(),
+        "objective": recipe.formula(),
         "batch": batch,
         "batch_reason": request.recipe.why_batch(recipe, pictures),
         "lr": recipe.lr,
@@ -62,7 +62,7 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         "",
         f"data       {data.train.evidence}; {pictures} pictures, {len(data.train.labels)} boxes",
         f"model      {recipe.model.name}, {len(data.train.categories)} classes, {recipe.size[0]}x{recipe.size[1]}",
-        f"objective  {recipe.objective.formula()}",
+        f"objective  {recipe.formula()}",
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         f"average    decay {plan.decay:.6g}",

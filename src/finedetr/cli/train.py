@@ -39,6 +39,8 @@ class Train:
     """Papers and variations on top of it."""
     weights: Path | None = None
     """Start from these weights (a run, a weight file or a published name); classes are carried over by name."""
+    teacher: Path | None = None
+    """Learn from this detector, too (a run, a weight file, a folder of transformers or a published name)."""
     out: Path | None = None
     """Folder of the run. Unset: runs/DATA-MODEL."""
     resume: Path | None = None
@@ -78,6 +80,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         recipe,
         out,
         weights=find_weights(flags.weights) if flags.weights else None,
+        teacher=find_weights(flags.teacher) if flags.teacher else None,
         train_split=flags.train_split,
         val_split=flags.val_split,
         layout=flags.layout,
@@ -99,7 +102,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
     assert flags.resume is not None
-    for name in ("weights", "overwrite", "model", "recipe", "with", "out", "layout"):
+    for name in ("weights", "overwrite", "model", "recipe", "with", "teacher", "out", "layout"):
         if f"--{name}" in words:
             raise UsageError(
                 f"--resume and --{name} exclude each other: a resumed run keeps what it is",
@@ -133,7 +136,13 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
             f"no recipe is called {recipe[0]!r}", code="unknown_key", hint=did_you_mean(recipe[0], [*RECIPES, *PAPERS])
         )
     config = variant(model[0]) if model else card.config if card else variant(MODEL)
-    made = build(config, (recipe or ["deim"])[0], tuple(peek(words, "--with")), random_start=card is None)
+    made = build(
+        config,
+        (recipe or ["deim"])[0],
+        tuple(peek(words, "--with")),
+        random_start=card is None,
+        teacher=bool(peek(words, "--teacher")),
+    )
     if card is None:
         return made
     # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed
@@ -141,19 +150,22 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
 
 
 def _name_terms(words: Sequence[str], base: Recipe) -> list[str]:
-    """Flags of terms by their name, as flags of their place: --objective.BoxL1.weight -> --objective.terms.1.weight."""
-    names = {name.lower().replace("-", ""): index for index, name in enumerate(base.objective.names)}
+    """Flags of parts by their name, as flags of their place: --objective.BoxL1.weight -> --objective.terms.1.weight."""
+    sources = tuple(type(source).__name__ for source in base.sources)
     renamed = []
     for word in words:
-        found = re.fullmatch(r"--objective\.([A-Za-z][\w-]*)\.(.+)", word)
-        if found and found[1] not in ("terms", "policy"):
-            key = found[1].lower().replace("-", "")
-            if key not in names:
+        found = re.fullmatch(r"--(objective|sources)\.([A-Za-z][\w-]*)\.(.+)", word)
+        if found and found[2] not in ("terms", "policy"):
+            names, what = (base.objective.names, "term") if found[1] == "objective" else (sources, "source")
+            places = {name.lower(): index for index, name in enumerate(names)}
+            key = found[2].lower().replace("-", "")
+            if key not in places:
                 raise UsageError(
-                    f"the objective has no term {found[1]!r}",
+                    f"the {'objective' if what == 'term' else 'recipe'} has no {what} {found[2]!r}",
                     code="unknown_key",
-                    hint=did_you_mean(found[1], base.objective.names),
+                    hint=did_you_mean(found[2], names),
                 )
-            word = f"--objective.terms.{names[key]}.{found[2]}"
+            place = f"objective.terms.{places[key]}" if what == "term" else f"sources.{places[key]}"
+            word = f"--{place}.{found[3]}"
         renamed.append(word)
     return renamed

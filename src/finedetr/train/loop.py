@@ -29,7 +29,7 @@ from finedetr.train.plan import Plan, epochs_in_time, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Source, StepReport, generator_for
+from finedetr.train.step import Source, StepReport, Teaching, generator_for
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -67,6 +67,7 @@ class Run:
         world: This process among the others.
         reporter: Who says what happens.
         weights: Start from these instead of random numbers.
+        teacher: Weights of a frozen teacher.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Run:
         world: World,
         reporter: Reporter,
         weights: Path | None = None,
+        teacher: Path | None = None,
     ) -> None:
         self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
         self.watch = Stopwatch()
@@ -88,7 +90,7 @@ class Run:
         self.plan = Plan(recipe, recipe.epochs, 1)
         self._plan_for(recipe.epochs)
         self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
-        self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights)
+        self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights, teacher)
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
 
     def _plan_for(self, epochs: int) -> None:
@@ -145,7 +147,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         s = self.student
-        self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler)
+        self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
         changed = p.limit != self.recipe.epochs
         if changed:  # the user asks for more or fewer epochs than the run was begun with
             p.epochs = p.limit = self.recipe.epochs
@@ -167,7 +169,7 @@ class Run:
     def _state(self) -> dict[str, Any]:
         s = self.student
         categories = self.data.train.categories
-        state = capture(self.progress, s.detector, s.average, s.optimizer, s.updater.scaler)
+        state = capture(self.progress, s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
         return {
             **state,
             "config": self.folder.read_json(self.folder.config),
@@ -217,7 +219,9 @@ class Run:
             images, targets = self.on_device(batch, epoch=p.epoch, step=p.step)
             if p.step == 0 and self.world.main:
                 self.keeper.training_batch(self.plan.windows.kind(p.epoch).name, images, targets, batch.names)
-            report = s.updater(images, targets, batch.names, self._sources(), objective, recipe.accumulate)
+            report = s.updater(
+                images, targets, batch.names, self._sources(), objective, recipe.accumulate, self._teacher()
+            )
             p.step += 1
             p.total += 1
             p.seconds += self.watch.lap("step")
@@ -229,10 +233,18 @@ class Run:
         """Where query groups come from in this step."""
         p, recipe = self.progress, self.recipe
         generator = generator_for(recipe.seed, p.epoch, p.step, self.world.rank, self.world.device)
+        given: tuple[Source, ...] = tuple(partial(source, student=recipe.model) for source in recipe.sources)
         if not recipe.denoise:
-            return ()
+            return given
         classes = len(self.data.train.categories)
-        return (partial(recipe.denoising, classes=classes, generator=generator),)
+        return (lambda targets, _: recipe.denoising(targets, classes, generator), *given)
+
+    def _teacher(self) -> Teaching | None:
+        """Who speaks in this step."""
+        p, teachers = self.progress, self.student.teachers
+        if teachers is None:
+            return None
+        return partial(teachers, strength=self.recipe.teaching.strength(p.total, p.epochs * p.steps))
 
     def _wants_to_leave(self, interruption: Interruption) -> bool:
         """Saves when it is time to; says whether the epoch has to be left before its end. The same on all processes."""
@@ -362,7 +374,7 @@ class Run:
         self.world.wait()
         p.restarts += 1
         if self.folder.restart.is_file():
-            restore(load_state(self.folder.restart), s.detector, s.average, s.optimizer, s.updater.scaler)
+            restore(load_state(self.folder.restart), s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
             self.reporter.line(f"epoch {p.epoch + 1}: back to the best weights (restart {p.restarts})")
         else:
             self.reporter.warn(f"no state at {self.folder.restart}: the plain epochs go on from the current weights")

@@ -36,6 +36,7 @@ class Request:
     recipe: Recipe
     out: Path
     weights: Path | None = None
+    teacher: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
     layout: str | None = None
@@ -98,7 +99,7 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
                 tell(reporter)
-            run = Run(recipe, data, folder, world, reporter, request.weights)
+            run = Run(recipe, data, folder, world, reporter, request.weights, request.teacher)
             if run.student.transfer is not None:
                 for what, name in run.student.transfer.rows():
                     reporter.line(f"weights: {what:8} {name}")
@@ -136,7 +137,8 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            run = Run(recipe, opened, folder, world, reporter)
+            teacher = folder.read_json(folder.config).get("teacher")
+            run = Run(recipe, opened, folder, world, reporter, teacher=Path(teacher) if teacher else None)
             try:
                 run.resume()
             except BaseException:
@@ -257,6 +259,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
             "pictures": len(data.train),
         },
         "weights": str(request.weights) if request.weights else None,
+        "teacher": str(Path(request.teacher).resolve()) if request.teacher else None,
         "derived": sorted(k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v),
         "recipe": to_dict(recipe),
     }

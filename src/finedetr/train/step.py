@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finedetr.errors import DivergedError, UsageError
-from finedetr.records import QueryGroup, Targets
+from finedetr.records import Guidance, QueryGroup, Targets
 from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 
-__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "parts_of", "step"]
+__all__ = ["Precision", "Source", "StepReport", "Teaching", "Updater", "generator_for", "parts_of", "step"]
 
-Source = Callable[[Targets], QueryGroup]
+Source = Callable[[Targets, "Guidance | None"], "QueryGroup | None"]
+Teaching = Callable[[Tensor, Targets], Guidance]
 NOISE = 3  # the stream of random numbers, beside those of the loader
 OVERFLOWS = 50  # so many fp16 steps in a row without finite gradients end a run
 
@@ -33,12 +34,15 @@ def step(
     sources: tuple[Source, ...],
     objective: Objective,
     precision: Precision,
+    teacher: Teaching | None = None,
 ) -> Losses:
-    """One batch, seen by the student beside the query groups of all sources, and judged by the objective."""
-    extra = tuple(source(targets) for source in sources)
+    """One batch, seen by the student beside the query groups of all sources, in the light of what teachers say."""
+    with precision.forward():
+        guidance = teacher(images, targets) if teacher else None
+    extra = tuple(group for source in sources if (group := source(targets, guidance)) is not None)
     with precision.forward():
         output = student(images, extra)
-    return objective(output, targets)
+    return objective(output, targets, guidance)
 
 
 def _cpu_computes_in_bfloat16() -> bool:
@@ -114,6 +118,8 @@ class Updater:
         self.precision, self.world, self.clip = precision, world, clip
         self.scaler = precision.scaler()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        inside = set(student.parameters())
+        self.outside = [p for p in self.parameters if p not in inside]  # adapters, whose gradients DDP does not see
         self.overflows = 0
 
     def __call__(
@@ -124,6 +130,7 @@ class Updater:
         sources: tuple[Source, ...],
         objective: Objective,
         accumulate: int = 1,
+        teacher: Teaching | None = None,
     ) -> StepReport:
         """One update of the weights from one batch, worked off in `accumulate` parts.
 
@@ -140,13 +147,14 @@ class Updater:
         for index, part in enumerate(parts):
             share = max(counts[index], floor) / max(sum(counts), floor) if len(parts) > 1 else 1.0
             with self._no_sync(last=index == len(parts) - 1):
-                losses = step(self.student, part.images, part.targets, sources, objective, self.precision)
+                losses = step(self.student, part.images, part.targets, sources, objective, self.precision, teacher)
                 self.scaler.scale(losses.total * share).backward()
             for name, value in losses.by_name(part.names).items():
                 total[name] = total.get(name, 0.0) + share * value
         return StepReport(total, self._update(names))
 
     def _update(self, names: tuple[str, ...]) -> float:
+        self.world.average([p.grad for p in self.outside if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         limit = self.clip if self.clip > 0 else float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
