@@ -1,10 +1,11 @@
 """What each part of DETRDistill and OD-DETR is worth at equal steps of the student, on drawn pictures.
 
-    python -m benchmarks.distillation_table --out FOLDER [--steps 500 --seeds 3 --minutes 60]
+    python -m benchmarks.distillation_table --out FOLDER [--warm 750 --steps 125 --seeds 3 --minutes 60]
 
-Trains a teacher (once), then a smaller student in every row of the table with one seed after the other: round by
-round, so that a table that is stopped has as many seeds of one row as of another. Every run is `finedetr train` on one
-thread; what is written is AP and AP50 of the moving average after the last step. FOLDER keeps what is done, so the same
+Trains a teacher (once) and a smaller student alone (once: from random weights all rows would be noise for as long as
+this takes). From that student on, every row of the table goes on for equal steps, with one seed after the other: round
+by round, so that a table that is stopped has as many seeds of one row as of another. Every run is what `finedetr train`
+does, on one thread; what counts is AP of the moving average after the last step. FOLDER keeps what is done, so the same
 command goes on.
 """
 
@@ -74,7 +75,7 @@ def logits(recipe: Recipe) -> Recipe:
 
 
 def features(recipe: Recipe) -> Recipe:
-    return replace(recipe, objective=recipe.objective.plus(FeatureDistillation()))
+    return replace(recipe, objective=recipe.objective.plus(FeatureDistillation(weight=5.0)))
 
 
 def prior(recipe: Recipe) -> Recipe:
@@ -119,7 +120,7 @@ ROWS: dict[str, tuple[str, tuple[Row, ...]]] = {
 }
 
 
-def measure(args: argparse.Namespace, name: str, seed: int, data: Path, teacher: Path) -> dict[str, float]:
+def measure(args: argparse.Namespace, name: str, seed: int, data: Path, teacher: Path, start: Path) -> dict[str, float]:
     """One run of one row."""
     paper, parts = ROWS[name]
     recipe = student_recipe(args.steps, seed, paper)
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace, name: str, seed: int, data: Path, teacher:
         recipe = part(recipe)
     folder = args.out / "run"
     begun = time.monotonic()
-    request = Request(data, recipe, folder, device="cpu", overwrite=True, quiet=True)
+    request = Request(data, recipe, folder, weights=start, device="cpu", overwrite=True, quiet=True)
     result = begin(replace(request, teacher=teacher if "frozen" in recipe.teachers else None))
     assert result.evaluation is not None
     seconds = time.monotonic() - begun
@@ -155,7 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher-minutes", type=float, default=18)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--warm", type=int, default=750, help="steps of the student before the table")
+    parser.add_argument("--steps", type=int, default=125, help="of every row, in whole epochs of 125")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
     parser.add_argument("--rows", nargs="*", default=list(ROWS))
@@ -169,6 +171,10 @@ def main() -> None:
     folder = RunFolder(args.out / "teacher")
     if not folder.best_weights.is_file():
         begin(Request(data, teacher_recipe(60 * args.teacher_minutes), folder.root, device="cpu", overwrite=True))
+    start = RunFolder(args.out / "student")
+    if not start.best_weights.is_file():
+        recipe = student_recipe(args.warm, 1000, "dfine")
+        begin(Request(data, recipe, start.root, device="cpu", overwrite=True))
     note = args.out / f"table-{args.steps}.json"
     done: dict[str, list[dict[str, float]]] = json.loads(note.read_text()) if note.is_file() else {}
     for seed in range(args.seeds):
@@ -178,7 +184,7 @@ def main() -> None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print(table(done))
                 return
-            done.setdefault(name, []).append(measure(args, name, seed, data, folder.best_weights))
+            done.setdefault(name, []).append(measure(args, name, seed, data, folder.best_weights, start.best_weights))
             note.write_text(json.dumps(done, indent=1))
             print(name, seed, done[name][-1], flush=True)
     print(table(done))

@@ -144,13 +144,13 @@ def _assign(
         rows, columns = lsap(table)
         return np.stack((columns, chosen[rows], standing[rows])).astype(np.int64)
     if pairing == "split":
-        positive: NDArray[np.int64] = np.flatnonzero(standing).astype(np.int64)
-        rows, columns = lsap(table[positive]) if len(positive) else (positive[:0], positive[:0])
+        positive = np.flatnonzero(standing)
+        rows, columns = lsap(table[positive])
         first = np.stack((columns, chosen[positive[rows]]))
     else:
         both = (of_teacher >= 0) & (of_student >= 0)
         first = np.stack((of_student[both], of_teacher[both]))
-    rest: NDArray[np.int64] = np.flatnonzero(~standing).astype(np.int64)
+    rest = np.flatnonzero(~standing)
     free = np.setdiff1d(np.arange(table.shape[1]), first[0])
     if not len(rest) or not len(free):
         return np.concatenate((first, np.ones((1, first.shape[1])))).astype(np.int64)

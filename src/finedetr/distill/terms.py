@@ -66,7 +66,7 @@ class LogitsDistillation(TeacherTerm):
     label: float = 1.0
     l1: float = 5.0
     giou: float = 2.0
-    edges: float = 1.5
+    edges: float = 0.25
     temperature: float = 5.0
     negative_labels: bool = True
     weighting: Literal["score", "uniform"] = "score"
@@ -133,7 +133,7 @@ class PredictionDistillation(Term):
     label: float = 1.0
     l1: float = 5.0
     giou: float = 2.0
-    edges: float = 1.5
+    edges: float = 0.25
     temperature: float = 5.0
     gamma: float = 2.0
 

@@ -25,7 +25,7 @@ def detrdistill(base: Recipe) -> Recipe:
     """
     return replace(
         base,
-        objective=base.objective.plus(LogitsDistillation(), FeatureDistillation()),
+        objective=base.objective.plus(LogitsDistillation(), FeatureDistillation(weight=5.0)),
         sources=(*base.sources, QueryPrior()),
     )
 
