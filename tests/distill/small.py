@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ WIDE = replace(
 PLAIN = TINY_RTDETR
 
 
+@lru_cache(maxsize=16)
 def detector(config: ModelConfig = TINY, seed: int = 0, classes: int = 5) -> Detector:
-    """With every weight moved away from where it starts, so that heads of zeros say something."""
+    """With every weight moved away from where it starts, so that heads of zeros say something; do not change it."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     made = Detector(config, classes)
@@ -46,16 +48,30 @@ def batch(counts: tuple[int, ...] = (3, 0), classes: int = 5, seed: int = 1) -> 
     return torch.rand(len(counts), 3, 64, 64, generator=generator), Targets.from_lists(labels, boxes)
 
 
+@lru_cache(maxsize=32)
 def lesson(teacher: Detector, counts: tuple[int, ...] = (3, 0)) -> Lesson:
     return Teacher(teacher)(*batch(counts))
+
+
+@lru_cache(maxsize=32)
+def output_of(student: Detector, counts: tuple[int, ...] = (3, 0)) -> Output:
+    """What it answers at all stages, without a graph."""
+    with torch.no_grad():
+        output: Output = student(batch(counts)[0], all_stages=True)
+    return output
+
+
+def leaf(output: Output) -> tuple[Output, Tensor, Tensor]:
+    """The same answers as leaves of a graph, to read gradients from."""
+    logits, boxes = (t.detach().clone().requires_grad_() for t in (output.matching.logits, output.matching.boxes))
+    return replace(output, matching=replace(output.matching, logits=logits, boxes=boxes)), logits, boxes
 
 
 def supervision(
     student: Detector, taught: Lesson, counts: tuple[int, ...] = (3, 0), policy: MatchingPolicy | None = None
 ) -> Supervision:
     """Of the matching group, with one teacher who is both."""
-    images, targets = batch(counts)
-    return judge(student(images, all_stages=True), targets, taught, policy)
+    return judge(output_of(student, counts), batch(counts)[1], taught, policy)
 
 
 def judge(output: Output, targets: Targets, taught: Lesson, policy: MatchingPolicy | None = None) -> Supervision:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from finedetr.distill.targets import Pairs, TeacherCost, pair_by_cost, pair_by_token
@@ -17,7 +16,7 @@ from finedetr.distill.terms import FeatureDistillation, LogitsDistillation, Pred
 from finedetr.geometry import giou
 from finedetr.records import Guidance, Lesson, Output, Supervision
 from finedetr.supervise.matching import PerStage
-from tests.distill.small import DEEP, PLAIN, WIDE, batch, detector, judge, lesson, supervision
+from tests.distill.small import DEEP, PLAIN, WIDE, batch, detector, judge, leaf, lesson, output_of, supervision
 from tests.train.tiny import TINY
 
 PAIRINGS = ("joint", "split", "common", "token")
@@ -38,16 +37,8 @@ def pairs(s: Supervision, taught: Lesson, pairing: Any, top: int = 0) -> Pairs:
     return pair_by_cost(s, taught, LINKS, pairing, top, TeacherCost())
 
 
-def leaf(output: Output) -> tuple[Output, Tensor, Tensor]:
-    """The same answers as leaves of a graph, to read gradients from."""
-    logits, boxes = (t.detach().clone().requires_grad_() for t in (output.matching.logits, output.matching.boxes))
-    return replace(output, matching=replace(output.matching, logits=logits, boxes=boxes)), logits, boxes
-
-
 def asked(config: Any = TINY, seed: int = 0, counts: tuple[int, ...] = (3, 0)) -> Output:
-    with torch.no_grad():
-        output: Output = detector(config, seed)(batch(counts)[0], all_stages=True)
-    return output
+    return output_of(detector(config, seed), counts)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -171,7 +162,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(pairing: Any) -> Non
     assert logits.grad.abs().max() < 1e-6
     apart = LogitsDistillation(pairing=pairing, label=0.0)(judge(output, batch()[1], told))
     torch.testing.assert_close(apart, torch.zeros(2), atol=1e-4, rtol=0)
-    assert boxes.grad is None
+    assert boxes.grad is not None
+    assert boxes.grad.abs().max() == 0
 
 
 def test_negatives_teach_boxes_only_where_the_paper_is_followed() -> None:
@@ -319,20 +311,29 @@ TERMS = [
 ]
 
 
-@pytest.mark.parametrize("term", TERMS, ids=str)
+@pytest.mark.parametrize("term", TERMS, ids=range(len(TERMS)))
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (15, 1)], ids=str)
 @pytest.mark.parametrize("teacher", [TINY, DEEP, PLAIN], ids=lambda c: c.name)
 def test_every_term_is_finite_has_gradients_and_its_stages(term: Any, counts: tuple[int, ...], teacher: Any) -> None:
-    s = supervision(detector().train(), lesson(detector(teacher, 7), counts), counts)
+    taught = lesson(detector(teacher, 7), counts)
+    student = detector()
+    if isinstance(term, FeatureDistillation):
+        taught = replace(taught, adapt=build_adapters((term,), student, detector(teacher, 7)))
+    output, logits, boxes = leaf(output_of(student, counts))
+    s = judge(output, batch(counts)[1], taught)
     value = term(s)
     assert value.shape == (len(term.covers(s)),) == (2,)
     assert [s.answers.stages[i] for i in term.covers(s)] == ["layer0", "layer1"]
     assert bool((value >= 0).all())
     assert bool(value.isfinite().all())
-    value.sum().backward()
+    if isinstance(term, LogitsDistillation):
+        value.sum().backward()
+        assert logits.grad is not None
+        assert boxes.grad is not None
+        assert bool((logits.grad.isfinite().all()) & boxes.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("term", TERMS, ids=str)
+@pytest.mark.parametrize("term", TERMS, ids=range(len(TERMS)))
 def test_nobody_speaks_of_other_groups_or_without_a_teacher(term: Any, s: Supervision) -> None:
     assert not len(term.covers(replace(s, output=None)))
     assert not len(term.covers(replace(s, guidance=None)))
