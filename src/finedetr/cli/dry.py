@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from finedetr.model.detector import Detector
+from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
@@ -32,6 +33,10 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
     plan = Plan(recipe, recipe.epochs, max(pictures // batch, 1))
     windows = plan.windows
     memory = expected_memory(recipe, len(data.train.categories))
+    if request.teacher:  # its weights; what its forward pass needs is free again before the student's
+        with torch.device("meta"):
+            card = read_card(request.teacher)
+            memory += 4 * sum(p.numel() for p in Detector(card.config, len(card.names)).parameters())
     values = flatten(to_dict(recipe))
     asked, made = flatten(to_dict(request.recipe)), flatten(to_dict(base))
     origins = {
@@ -52,6 +57,7 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
         "average_decay": plan.decay,
         "memory_bytes": memory,
+        "teacher": str(request.teacher) if request.teacher else None,
         "out": str(request.out),
     }
     parts = [name for name in ("mosaic", "mixup") if getattr(recipe.augmentation, name)]
@@ -66,6 +72,7 @@ def describe(request: Request, base: Recipe) -> tuple[dict[str, Any], str]:
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         f"average    decay {plan.decay:.6g}",
+        *([f"teacher    {request.teacher}"] if request.teacher else []),
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),
         f"memory     about {memory / 2**30:.1f} GiB for one process with the whole batch",

@@ -184,11 +184,39 @@ class Teachers:
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Targets, strength: float = 1.0) -> Guidance:
         """What they say about a batch; the average with so much strength, and not at all with none."""
-        begin = time.perf_counter()
+        begin = self._clock(images)
         frozen = self.frozen(images, targets) if self.frozen else None
         if frozen is not None and self.adapters is not None:
             frozen = replace(frozen, adapt=self.adapters)
         average = self.average(images, targets, strength) if self.average and strength > 0 else None
-        self.seconds += time.perf_counter() - begin
+        self.seconds += self._clock(images) - begin
         self.calls += 1
         return Guidance((int(images.shape[-2]), int(images.shape[-1])), frozen, average)
+
+    def lines(self) -> list[str]:
+        """Who teaches, for the beginning of a log."""
+        said = []
+        for name, teacher in (("frozen", self.frozen), ("average", self.average)):
+            if teacher is None:
+                continue
+            count = sum(parameter.numel() for parameter in teacher.detector.parameters())
+            said.append(
+                f"teacher: {name}, {teacher.detector.config.name}, {count / 1e6:.1f} M parameters"
+                + (f", {count * 4 / 2**20:.0f} MiB" if name == "frozen" else ", which the run keeps anyway")
+            )
+            if teacher.classes is not None:
+                found = teacher.classes
+                said.append(
+                    f"teacher: classes are matched by name, {int(found.known.sum())} in common"
+                    + (f"; it does not know {', '.join(found.missing)}" if found.missing else "")
+                    + (f"; not used: {', '.join(found.unused)}" if found.unused else "")
+                )
+        return said
+
+    def _clock(self, images: Tensor) -> float:
+        if images.is_cuda and self.calls < _MEASURED:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter()
+
+
+_MEASURED = 20  # calls whose time is true on a GPU; later ones do not wait for it

@@ -29,9 +29,9 @@ class TeacherTerm(Term, ABC):
     stages: Grouping = "group"
 
     def covers(self, s: Supervision) -> range:
-        """The layers, where the teacher speaks and the group is the detector's own."""
-        lesson = self.lesson(s)
-        return range(0) if lesson is None or s.output is None else layer_stages(s.answers.stages)
+        """The layers, where the teacher speaks and the group is the detector's own; none without a weight."""
+        silent = self.weight == 0 or s.output is None or self.lesson(s) is None
+        return range(0) if silent else layer_stages(s.answers.stages)
 
     def lesson(self, s: Supervision) -> Lesson | None:
         """What the teacher of this term says."""

@@ -184,7 +184,7 @@ class Objective:
 
     def formula(self) -> str:
         """The objective in one line; numbers that differ from the published ones are shown."""
-        summands = " + ".join(f"{term.weight:g}·{describe(term)}" for term in self.terms)
+        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in self.terms)
         return f"{summands}, matched by {describe(self.policy)}"
 
 
@@ -217,13 +217,13 @@ def _as_float(answers: Prediction) -> Prediction:
     return Prediction(answers.logits.float(), answers.boxes.float(), answers.stages, edges)
 
 
-def describe(thing: object) -> str:
+def describe(thing: object, without: str = "") -> str:
     """Its class, and those of its fields that differ from their defaults."""
     changed = []
     for f in fields(thing):  # type: ignore[arg-type]
         value = getattr(thing, f.name)
         standard = f.default_factory() if callable(f.default_factory) else f.default
-        if f.name != "weight" and value != standard:
+        if f.name != without and value != standard:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             if hasattr(value, "__dataclass_fields__"):
                 shown = describe(value)

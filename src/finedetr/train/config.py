@@ -75,7 +75,8 @@ def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]
     for key, value in document.items():
         if isinstance(value, list) and value and all(isinstance(item, Mapping) and "kind" in item for item in value):
             for item in value:
-                flat |= flatten({k: v for k, v in item.items() if k != "kind"}, f"{prefix}{item['kind']}.")
+                place = item["kind"] if key == "terms" else f"{key}.{item['kind']}"
+                flat |= flatten({k: v for k, v in item.items() if k != "kind"}, f"{prefix}{place}.")
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")

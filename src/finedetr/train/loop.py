@@ -30,6 +30,7 @@ from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
 from finedetr.train.step import Source, StepReport, Teaching, generator_for
+from finedetr.train.watch import Watch
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -85,6 +86,7 @@ class Run:
         self.saved_at = time.monotonic()
         self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
         self.out_of_time = False
+        self.cost: list[float] | None = []  # seconds of steps, until the teachers' share of them is known
         self.last_ap = -1.0
         self.loader: TrainingLoader | None = None
         self.plan = Plan(recipe, recipe.epochs, 1)
@@ -92,6 +94,9 @@ class Run:
         self.progress = Progress(epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps)
         self.student = build_student(recipe, self.plan, data.train.categories.names, world, weights, teacher)
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
+        self.observer: Watch | None = None
+        if data.val is not None and recipe.teaching.watch:
+            self.observer = Watch(recipe, data.val, self.student.updater.precision)
 
     def _plan_for(self, epochs: int) -> None:
         """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
@@ -224,8 +229,10 @@ class Run:
             )
             p.step += 1
             p.total += 1
-            p.seconds += self.watch.lap("step")
+            seconds = self.watch.lap("step")
+            p.seconds += seconds
             self._tell(report, rate, batch)
+            self._tell_cost(seconds)
             if self._wants_to_leave(interruption):
                 return
 
@@ -334,7 +341,7 @@ class Run:
     def _evaluate(self) -> bool:
         """Measures the moving average; whether it is the best so far."""
         p, recipe, data = self.progress, self.recipe, self.data
-        detector = self.student.average.model
+        detector, teachers = self.student.average.model, self.student.teachers
         if data.val is None:
             if self.world.main:
                 self.keeper.unmeasured(detector, p)
@@ -358,7 +365,8 @@ class Run:
         if better:
             p.best, p.best_epoch = evaluation.ap, p.epoch
         if self.world.main:
-            self.keeper.evaluation(detector, evaluation, evaluator, p, better=better)
+            seen = self.observer(self.student.detector, teachers) if self.observer and teachers else None
+            self.keeper.evaluation(detector, evaluation, evaluator, p, better=better, teaching=seen)
         self.last_ap = evaluation.ap
         return better
 
@@ -394,6 +402,24 @@ class Run:
     def _status(self, state: str, message: str = "") -> None:
         if self.world.main:
             self.keeper.status(state, self.progress, message)
+
+    def _tell_cost(self, seconds: float) -> None:
+        """Once a process has warmed up: how much of a step the teachers take."""
+        teachers = self.student.teachers
+        if teachers is None or self.cost is None:
+            return
+        if teachers.calls <= WARMING * self.recipe.accumulate:
+            teachers.seconds = 0.0
+            return
+        self.cost.append(seconds)
+        if len(self.cost) == PROBE:
+            total = sum(self.cost)
+            added = teachers.seconds / max(total - teachers.seconds, 1e-9)
+            self.reporter.line(
+                f"teachers add {added:.0%} to a step ({teachers.seconds / PROBE:.3f} of {total / PROBE:.3f} s), "
+                "and what their terms and queries need"
+            )
+            self.cost = None
 
     def _tell(self, report: StepReport, rate: float, batch: Batch) -> None:
         p = self.progress

@@ -100,6 +100,8 @@ def begin(request: Request, tell: Callable[[Reporter], None] | None = None) -> R
             if tell:
                 tell(reporter)
             run = Run(recipe, data, folder, world, reporter, request.weights, request.teacher)
+            for line in run.student.teachers.lines() if run.student.teachers else ():
+                reporter.line(line)
             if run.student.transfer is not None:
                 for what, name in run.student.transfer.rows():
                     reporter.line(f"weights: {what:8} {name}")
