@@ -102,13 +102,6 @@ def auxiliary(recipe: Recipe) -> Recipe:
     return replace(recipe, sources=(*recipe.sources, AuxiliaryQueries()))
 
 
-def varifocal(recipe: Recipe) -> Recipe:
-    """OD-DETR with the host's own form of the class loss, on two targets, too."""
-    changed = PAPERS["od-detr"](recipe)
-    (own,) = (term for term in recipe.objective.terms if isinstance(term, Varifocal))
-    return replace(changed, objective=changed.objective.swap("QualityFocal", own))
-
-
 ROWS: dict[str, tuple[str, tuple[Row, ...]]] = {
     "student alone (D-FINE)": ("dfine", ()),
     "+ logits": ("dfine", (logits,)),
@@ -120,7 +113,7 @@ ROWS: dict[str, tuple[str, tuple[Row, ...]]] = {
     "+ prediction (OD)": ("dfine", (prediction,)),
     "+ auxiliary (OD)": ("dfine", (auxiliary,)),
     "OD-DETR, all three": ("dfine", (PAPERS["od-detr"],)),
-    "OD-DETR, classes stay varifocal": ("dfine", (varifocal,)),
+    "OD-DETR, all three, quality focal": ("dfine", (PAPERS["od-detr-paper"],)),
     "student alone (DEIM)": ("deim", ()),
     "DEIM + OD-DETR": ("deim", (PAPERS["od-detr"],)),
     "DEIM + DETRDistill": ("deim", (PAPERS["detrdistill"],)),

@@ -21,6 +21,7 @@ from finedetr.recipes import PAPERS, build
 from finedetr.recipes.deim import deim
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.matching import PerStage
+from finedetr.supervise.terms import Focal, QualityFocal
 from finedetr.train import loop
 from finedetr.train.checkpoint import load_state
 from finedetr.train.config import flatten, from_dict, to_dict
@@ -133,7 +134,7 @@ def test_the_other_readings_run_on_plain_boxes(paper: str, data: Path, teacher: 
     assert isinstance(small.objective.policy, PerStage)
     folder = ran(data, PAPERS["od-detr"](PAPERS[paper](small)), tmp_path / "a", teacher)
     names = losses(folder)[-1].keys()
-    assert {"matching/layer2/SecondBox", "matching/layer2/LogitsDistillation", "auxiliary/layer0/QualityFocal"} <= names
+    assert {"matching/layer2/SecondBox", "matching/layer2/LogitsDistillation", "auxiliary/layer0/Varifocal"} <= names
 
 
 def test_a_run_with_adapters_and_an_average_goes_on_exactly(
@@ -208,6 +209,14 @@ def test_the_average_is_phased_in_by_shares_of_the_run() -> None:
     assert teaching.strength(999, 10**6) == 0
     assert teaching.strength(2000, 10**6) == 1
     assert Teaching(start=0.0, ramp=0.0).strength(0, 100) == 1
+
+
+def test_classes_keep_their_form_unless_the_paper_is_asked_for() -> None:
+    base = deim(Recipe(model=small_recipe().model))
+    assert PAPERS["od-detr"](base).objective.names[0] == "MatchabilityAware"
+    assert PAPERS["od-detr-paper"](base).objective.names[0] == "QualityFocal"
+    focal = replace(base, objective=base.objective.swap("MatchabilityAware", Focal(2.0)))
+    assert PAPERS["od-detr"](focal).objective.terms[0] == QualityFocal(2.0)
 
 
 def test_a_teacher_alone_means_detrdistill() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,21 +60,26 @@ class QueryPrior(TeacherSource):
     boxes; no space of the teacher has to be learned.
     """
 
+    top: int = 100
+    """So many of the teacher's queries: those of targets at any stage first, then by score. 0: all."""
     assign: Literal["teacher", "self"] = "teacher"
     """Who matches them: the teacher's own answers, or the student's (as the released code does)."""
     answers: bool = False
     """Hold the student to the teacher's answers, too, where the objective has PredictionDistillation."""
 
     def group(self, targets: Targets, lesson: Lesson, student: ModelConfig, size: tuple[int, int]) -> QueryGroup:
-        """All queries of the teacher, judged by the targets."""
-        names = stages_of(student)
+        """The teacher's queries, judged by the targets."""
+        names, chosen = stages_of(student), _chosen(lesson, targets, self.top)
         known = _at_stages(lesson.match, source_stages(names, lesson.answers.stages))
+        slot = torch.zeros_like(lesson.trace.tokens).scatter_(
+            1, chosen, torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+        )
         return QueryGroup(
             "prior",
-            lesson.trace.boxes,
-            tokens=_tokens(lesson, student, size),
-            assignment=known if self.assign == "teacher" else None,
-            taught=_answers_for(lesson.answers, names) if self.answers else None,
+            _of(lesson.trace.boxes, chosen),
+            tokens=_tokens(lesson, student, size).gather(1, chosen),
+            assignment=replace(known, query=slot[known.image, known.query]) if self.assign == "teacher" else None,
+            taught=_answers_for(lesson.answers, names, chosen) if self.answers else None,
         )
 
 
@@ -83,16 +88,19 @@ class PredictionQueries(TeacherSource):
     """The teacher's queries, held to its answers by PredictionDistillation (OD-DETR); no target judges them."""
 
     teacher: Who = "average"
+    top: int = 100
+    """So many of the teacher's queries: those of targets at any stage first, then by score. 0: all."""
 
     def group(self, targets: Targets, lesson: Lesson, student: ModelConfig, size: tuple[int, int]) -> QueryGroup:
-        """All queries of the teacher, beside its answers."""
+        """The teacher's queries, beside its answers."""
+        chosen = _chosen(lesson, targets, self.top)
         nothing = torch.zeros(4, 0, dtype=torch.long, device=lesson.trace.boxes.device)
         return QueryGroup(
             "prediction",
-            lesson.trace.boxes,
-            tokens=_tokens(lesson, student, size),
+            _of(lesson.trace.boxes, chosen),
+            tokens=_tokens(lesson, student, size).gather(1, chosen),
             assignment=assignment_of(nothing, (0,), 0),
-            taught=_answers_for(lesson.answers, stages_of(student)),
+            taught=_answers_for(lesson.answers, stages_of(student), chosen),
             by_targets=False,
         )
 
@@ -180,15 +188,30 @@ def _stages(answers: Prediction, chosen: tuple[int, ...]) -> Prediction:
     )
 
 
-def _answers_for(answers: Prediction, names: tuple[str, ...]) -> Prediction:
-    """A teacher's answers at the student's stages."""
-    chosen = source_stages(names, answers.stages)
-    said, edges = _stages(answers, chosen), answers.edges
+def _chosen(lesson: Lesson, targets: Targets, top: int) -> Int[Tensor, "B P"]:
+    """Which of the teacher's queries are asked; whoever stands for a target at any stage is always among them."""
+    score, match = lesson.answers.logits[-1].amax(-1).sigmoid(), lesson.match
+    matched = torch.zeros_like(score)
+    matched[match.image, match.query] = 2.0
+    least = match.stages * max(targets.counts, default=0)
+    count = min(max(top, least), score.shape[1]) if top else score.shape[1]
+    return (score + matched).topk(count, dim=1).indices
+
+
+def _of(values: Float[Tensor, "B Q N"], chosen: Int[Tensor, "B P"]) -> Float[Tensor, "B P N"]:
+    return values.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _answers_for(answers: Prediction, names: tuple[str, ...], chosen: Int[Tensor, "B P"]) -> Prediction:
+    """A teacher's answers to some of its queries, at the student's stages."""
+    stages = source_stages(names, answers.stages)
+    said, edges = _stages(answers, stages), answers.edges
+    image = torch.arange(len(chosen), device=chosen.device)[:, None]
     if edges is not None:
         start = layer_stages(answers.stages).start
-        layers = [chosen[index] - start for index in layer_stages(names)]
-        edges = Edges(edges.logits[layers], edges.anchors, edges.bins, edges.scale)
-    return Prediction(said.logits, said.boxes, names, edges)
+        layers = [stages[index] - start for index in layer_stages(names)]
+        edges = Edges(edges.logits[layers][:, image, chosen], _of(edges.anchors, chosen), edges.bins, edges.scale)
+    return Prediction(said.logits[:, image, chosen], said.boxes[:, image, chosen], names, edges)
 
 
 def _at_stages(pairs: Assignment, chosen: tuple[int, ...]) -> Assignment:

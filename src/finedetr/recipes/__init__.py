@@ -11,7 +11,7 @@ from finedetr.recipes.deim import deim
 from finedetr.recipes.detrdistill import detrdistill, detrdistill_paper, detrdistill_released
 from finedetr.recipes.dfine import dfine
 from finedetr.recipes.extras import constant_rate, late_matching, official_groups
-from finedetr.recipes.od_detr import od_detr
+from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.train.recipe import Recipe
@@ -30,6 +30,7 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
     "detrdistill-released": detrdistill_released,
     "detrdistill-paper": detrdistill_paper,
     "od-detr": od_detr,
+    "od-detr-paper": od_detr_paper,
 }
 """What `--with` puts on top, in the order given."""
 
