@@ -63,7 +63,7 @@ def ours(args: argparse.Namespace, images: torch.Tensor, targets: Targets, preci
     trainable = [p for p in detector.parameters() if p.requires_grad]
 
     def one() -> float:
-        sources = (lambda t: denoising(t, args.classes),)
+        sources = (lambda t, _: denoising(t, args.classes),)
         losses = step(student, images, targets, sources, objective, context)
         total = losses.total
         optimizer.zero_grad()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["finedetr.records", "finedetr.geometry", "finedetr.supervise"], "beartype.beartype")
+install_import_hook(
+    ["finedetr.records", "finedetr.geometry", "finedetr.supervise", "finedetr.distill"], "beartype.beartype"
+)
 
 import torch  # noqa: E402 - after the hook
 

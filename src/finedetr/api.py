@@ -192,6 +192,7 @@ def train(
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
     queries: int | None = None,
+    teacher: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -219,6 +220,7 @@ def train(
         weights: Start from these.
         backbone_weights: Start the backbone alone from its official file.
         queries: Another number of queries than the model's own.
+        teacher: Weights of a detector to learn from (`--with detrdistill` if `extras` make no use of it).
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
@@ -243,7 +245,13 @@ def train(
     else:
         card = read_card(start) if start else None
         chosen = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(chosen, recipe, tuple(extras), random_start=card is None and backbone_weights is None)
+        made = build(
+            chosen,
+            recipe,
+            tuple(extras),
+            random_start=card is None and backbone_weights is None,
+            teacher=teacher is not None,
+        )
         if card is not None:
             made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
     changed = [*settings, *(["device"] if device != "auto" else [])]
@@ -259,6 +267,7 @@ def train(
         folder,
         weights=start,
         backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
+        teacher=find_weights(teacher) if teacher is not None else None,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

@@ -6,8 +6,10 @@ Boxes are (cx, cy, w, h) in [0, 1] of the network input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,7 +17,24 @@ from torch import Tensor
 
 from finedetr.geometry import iou, iou_giou
 
-__all__ = ["Assignment", "Batch", "Edges", "Match", "Output", "Prediction", "QueryGroup", "Supervision", "Targets"]
+__all__ = [
+    "Assignment",
+    "Batch",
+    "Edges",
+    "Guidance",
+    "Lesson",
+    "Match",
+    "Output",
+    "Prediction",
+    "QueryGroup",
+    "Supervision",
+    "Targets",
+    "Trace",
+    "Who",
+]
+
+Who = Literal["frozen", "average"]
+"""The two teachers: another detector that stays as it is, or the moving average of the student itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,29 +213,53 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The two assignments of a group: labels may be judged stage by stage, boxes by a union over stages (GO-LSD)."""
+    """The two assignments of a group: labels may be judged stage by stage, boxes by a union over stages (GO-LSD).
+
+    `second` are further pairs for labels, which a teacher would have chosen (OD-DETR): a query may so have two targets.
+    """
 
     labels: Assignment
     boxes: Assignment
+    second: Assignment | None = None
+    share: float = 1.0  # of its quality that a second target asks for, while a teacher is phased in
 
 
 @dataclass(frozen=True, slots=True)
 class QueryGroup:
     """Queries from outside the detector, for training only; they attend to one another and to the image.
 
-    Exactly one of `content` and `labels` is given: `labels` are class indices (C = padding) that the detector embeds.
-    `assignment` is stage-free: its pairs hold at every stage and `stage` is all zero with a count of length 1.
+    Exactly one of `content`, `labels` and `tokens` is given: `labels` are class indices (C = padding) that the detector
+    embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own.
+    `assignment` is stage-free (its pairs hold at every stage, `stage` is all zero with a count of length 1), or has the
+    stages of the group's answers.
     """
 
     name: str
     boxes: Float[Tensor, "B Q 4"]
     content: Float[Tensor, "B Q D"] | None = None
     labels: Int[Tensor, "B Q"] | None = None
-    blocked: Bool[Tensor, "Q Q"] | None = None  # True: the row's query does not see the column's
+    tokens: Int[Tensor, "B Q"] | None = None
+    blocked: Bool[Tensor, "*B Q Q"] | None = None  # True: the row's query does not see the column's
     assignment: Assignment | None = None
     taught: Prediction | None = None  # what a teacher answered to these very queries
+    by_targets: bool = True  # False: only what a teacher answered judges the group
     sees_matching: bool = False
     weight: float = 1.0  # 0: keeps every parameter in the graph and teaches nothing (a batch without targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How the detector came to its answers, where all stages were asked for: what teachers show and students compare.
+
+    A token is a cell of the pyramid, counted level after level (the finest first), row after row.
+    """
+
+    shapes: tuple[tuple[int, int], ...]  # height and width of each level
+    tokens: Int[Tensor, "B Q"]  # which cell each matching query comes from
+    boxes: Float[Tensor, "B Q 4"]  # where it starts to look
+    features: tuple[Float[Tensor, "B _ _ _"], ...]  # the backbone's maps
+    states: Float[Tensor, "L B Q D"] | None = None  # behind each layer; outside training only
+    embedded: Float[Tensor, "B _ D"] | None = None  # all tokens in the space of queries; outside training only
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +269,33 @@ class Output:
     matching: Prediction
     groups: tuple[tuple[QueryGroup, Prediction], ...] = ()
     memory: tuple[Float[Tensor, "B D _ _"], ...] = ()  # the encoder's pyramid
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one teacher has to say about a batch, in the student's classes. Nothing of it has a gradient."""
+
+    answers: Prediction  # to its own queries, at all of its stages
+    trace: Trace
+    memory: tuple[Float[Tensor, "B D _ _"], ...]  # its pyramid
+    match: Assignment  # its own queries and the targets, at all of its stages
+    known: Bool[Tensor, " C"] | None = None  # the student's classes that it knows; None: all
+    strength: float = 1.0  # less than 1 while it is phased in
+    adapt: Callable[[str, int, Tensor], Tensor] | None = None  # (tap, level of the student, its map) -> teacher's width
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the teachers say about a batch."""
+
+    size: tuple[int, int]  # height and width of the pictures that the student sees
+    frozen: Lesson | None = None
+    average: Lesson | None = None
+
+    def of(self, who: Who) -> Lesson | None:
+        """The lesson of one of them, if it speaks."""
+        return self.frozen if who == "frozen" else self.average
 
 
 @dataclass(frozen=True)
@@ -238,8 +308,11 @@ class Supervision:
     answers: Prediction
     match: Match
     targets: Targets
-    teacher: Prediction | None = None
+    teacher: Prediction | None = None  # what a teacher answered to the same queries
     matching: Supervision | None = None  # of the detector's own queries, for a group from outside
+    output: Output | None = None  # the whole answer, for the matching group only
+    guidance: Guidance | None = None  # what the teachers say of it
+    by_targets: bool = True  # whether the targets have a say in this group
 
     @cached_property
     def final(self) -> Prediction:

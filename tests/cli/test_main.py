@@ -104,6 +104,12 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["models", "shwo"], 2, "use.verb: models 'shwo' is no action\n  Did you mean show"),
         (["models", "show", "dfine-z"], 2, "no model is called 'dfine-z'"),
         (["models", "pull", "dfine-s"], 4, "'dfine-s' names nothing on the Hub\n  Did you mean dfine-s-coco"),
+        (["train", "--data", "x", "--teacher", "nowhere"], 4, "model.not_found: no weights at nowhere"),
+        (
+            ["train", "--data", "x", "--with", "od-detr", "--sources.Prior.weight", "1"],
+            2,
+            "the recipe has no source 'Prior'",
+        ),
         (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),
     ],
 )
@@ -178,6 +184,24 @@ def test_a_dry_run_counts_the_pictures_that_balancing_repeats(data: Path, capsys
     assert f"an epoch has {steps} pictures" in said
     assert main([*words, "--balance", "2"]) == 2
     assert "balance: a share of the pictures, 0 to 1, is wanted, 2.0 came" in capsys.readouterr().err
+
+
+def test_teachers_are_flags_and_the_plan_shows_them(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "a"), *TINY, "--teacher", str(run)]
+    words += ["--with", "od-detr", "--objective.LogitsDistillation.weight", "0.5", "--objective.policy.weight", "0.7"]
+    words += ["--sources.auxiliary-queries.ranks", "1"]
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "0.5·LogitsDistillation + 5·FeatureDistillation, matched by TeacherVotes(weight=0.7)" in said
+    assert "beside the own queries: denoising, PredictionQueries, AuxiliaryQueries(ranks=1), QueryPrior" in said
+    assert f"teacher    {run / 'weights' / 'best.safetensors'}" in said
+    assert main([*words, "--epochs", "1", "--json"]) == 0
+    assert document(capsys)["ok"]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["teacher"] == str(run / "weights" / "best.safetensors")
+    assert config["recipe"]["sources"][1]["ranks"] == 1
 
 
 def test_training_is_not_repeated_over_a_run_and_goes_on(

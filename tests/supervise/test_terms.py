@@ -21,6 +21,7 @@ from finedetr.supervise.terms import (
     Focal,
     LocalizationDistillation,
     MatchabilityAware,
+    QualityFocal,
     Term,
     Varifocal,
     _EdgeDivergence,
@@ -32,6 +33,7 @@ ALL = [
     Focal(),
     Varifocal(),
     MatchabilityAware(),
+    QualityFocal(),
     BoxL1(),
     BoxGIoU(),
     FineGrainedLocalization(),
@@ -80,7 +82,7 @@ def test_distillation_has_the_golden_value_and_leaves_the_final_layer_out() -> N
     s = golden.supervision(stages=2)
     term = LocalizationDistillation()
     assert term(s).tolist() == pytest.approx([0.0134], abs=1e-4)
-    assert [s.answers.stages[i] for i in term.covers(s.answers)] == ["layer0"]
+    assert [s.answers.stages[i] for i in term.covers(s)] == ["layer0"]
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -102,11 +104,21 @@ def matchability(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
     return weight * F.binary_cross_entropy_with_logits(x, q**1.5 * y, reduction="none")
 
 
+def quality_focal(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    return (q * y - x.sigmoid()).abs() ** 2 * F.binary_cross_entropy_with_logits(x, q * y, reduction="none")
+
+
 @pytest.mark.parametrize(
-    ("term", "formula"), [(Focal(), focal), (Varifocal(), varifocal), (MatchabilityAware(), matchability)]
+    ("term", "formula"),
+    [
+        (Focal(), focal),
+        (Varifocal(), varifocal),
+        (MatchabilityAware(), matchability),
+        (QualityFocal(), quality_focal),
+    ],
 )
 def test_label_terms_equal_their_formula_and_its_gradient(
-    term: Focal | Varifocal | MatchabilityAware, formula: Callable[[Tensor, Tensor, Tensor], Tensor]
+    term: Focal | Varifocal | MatchabilityAware | QualityFocal, formula: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 4, 5, dtype=torch.float64) * 4).requires_grad_()
@@ -124,7 +136,7 @@ def test_label_terms_equal_their_formula_and_its_gradient(
 
 def test_label_terms_survive_extreme_logits() -> None:
     x = torch.tensor([-200.0, -90.0, 90.0, 200.0]).view(1, 1, 1, 4).requires_grad_()
-    for term in (Focal(), Varifocal(), MatchabilityAware()):
+    for term in (Focal(), Varifocal(), MatchabilityAware(), QualityFocal()):
         total = _LabelSum.apply(x, torch.tensor([0, 3]), torch.ones(2), term._background, term._foreground)
         (slope,) = torch.autograd.grad(total.sum(), x)
         assert bool(total.isfinite().all())
@@ -214,9 +226,9 @@ def test_every_term_computes_in_single_precision(term: Term) -> None:
 @pytest.mark.parametrize("term", ALL, ids=lambda t: type(t).__name__)
 def test_every_term_gives_one_value_for_each_stage_that_it_covers(term: Term) -> None:
     s = golden.supervision(stages=2)
-    assert term(s).shape == (len(term.covers(s.answers)),)
+    assert term(s).shape == (len(term.covers(s)),)
     plain = replace(s, answers=replace(s.answers, edges=None))
-    assert term(plain).shape == (len(term.covers(plain.answers)),)
+    assert term(plain).shape == (len(term.covers(plain)),)
 
 
 def test_pairs_that_a_union_repeats_are_judged_like_each_stage_alone() -> None:

@@ -206,7 +206,7 @@ def test_the_flags_of_a_run_are_documented() -> None:
         for field in fields(kind):
             if is_dataclass(field.type) or field.name in {"optimizer", "schedule", "average", "augmentation"}:
                 continue
-            if field.name in {"denoising", "objective", "evaluating", "saving", "model"}:
+            if field.name in {"denoising", "objective", "evaluating", "saving", "model", "teaching"}:
                 continue
             after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
             assert after.strip().startswith('"""'), f"{kind.__name__}.{field.name} has no sentence"

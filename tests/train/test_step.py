@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from finedetr.errors import DivergedError, UsageError
 from finedetr.model.detector import Detector
-from finedetr.records import QueryGroup, Targets
+from finedetr.records import Guidance, QueryGroup, Targets
 from finedetr.supervise.denoising import Denoising
 from finedetr.supervise.matching import PerStage
 from finedetr.supervise.objective import Objective
@@ -85,7 +84,7 @@ def test_plain_boxes_learn_with_denoising_queries() -> None:
     learner = Updater(detector, optimizer, MovingAverage(detector, 0.5, 0), Precision("fp32", CPU), World(), 0.1)
     images, targets = batch()
 
-    def noisy(t: Targets) -> QueryGroup:
+    def noisy(t: Targets, _: Guidance | None) -> QueryGroup:
         return Denoising()(t, 3, torch.Generator().manual_seed(0))
 
     reports = [learner(images, targets, NAMES, (noisy,), OBJECTIVE) for _ in range(20)]
@@ -98,7 +97,11 @@ def test_a_batch_without_any_target_changes_every_parameter_group_without_a_faul
     update = updater()
     images, _ = batch()
     nothing = Targets.from_lists([torch.zeros(0)] * 4, [torch.zeros(0, 4)] * 4)
-    source = partial(Denoising(), classes=3, generator=generator_for(0, 0, 0, 0, CPU))
+    generator = generator_for(0, 0, 0, 0, CPU)
+
+    def source(t: Targets, _: Guidance | None) -> QueryGroup:
+        return Denoising()(t, 3, generator)
+
     report = update(images, nothing, NAMES, (source,), OBJECTIVE)
     assert report.losses["matching/layer1/BoxL1"] == 0
     assert all(torch.isfinite(p).all() for p in update.parameters)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finedetr.data.balance import repeat_factors
 from finedetr.model.detector import Detector
+from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
@@ -35,13 +36,17 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
     plan = Plan(recipe, recipe.epochs, max(drawn // batch, 1))
     windows = plan.windows
     memory = expected_memory(recipe, len(data.train.categories))
+    if request.teacher:  # its weights; what its forward pass needs is free again before the student's
+        with torch.device("meta"):
+            card = read_card(request.teacher)
+            memory += 4 * sum(p.numel() for p in Detector(card.config, len(card.names)).parameters())
     values = flatten(to_dict(recipe))
     layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
     origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
     document = {
         "recipe": to_dict(recipe),
         "origins": origins,
-        "objective": recipe.objective.formula(),
+        "objective": recipe.formula(),
         "batch": batch,
         "batch_reason": request.recipe.why_batch(recipe, pictures),
         "lr": recipe.lr,
@@ -52,6 +57,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
         "average_decay": plan.decay,
         "memory_bytes": memory,
+        "teacher": str(request.teacher) if request.teacher else None,
         "out": str(request.out),
     }
     parts = [name for name in ("mosaic", "mixup") if getattr(recipe.augmentation, name)]
@@ -62,11 +68,12 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "",
         f"data       {data.train.evidence}; {pictures} pictures, {len(data.train.labels)} boxes",
         f"model      {recipe.model.name}, {len(data.train.categories)} classes, {recipe.size[0]}x{recipe.size[1]}",
-        f"objective  {recipe.objective.formula()}",
+        f"objective  {recipe.formula()}",
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         *([balance_line(recipe, data)] if recipe.balance else []),
         f"average    decay {plan.decay:.6g}",
+        *([f"teacher    {request.teacher}"] if request.teacher else []),
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),
         f"memory     about {memory / 2**30:.1f} GiB for one process with the whole batch",

@@ -45,6 +45,8 @@ class Train:
     """Start from these weights (a run, a weight file or a published name); classes are carried over by name."""
     backbone_weights: Path | None = None
     """Start the backbone alone from its official file (PPHGNetV2_B0_stage1.pth, ResNet18_vd_..., see models show)."""
+    teacher: Path | None = None
+    """Learn from this detector, too (a run, a weight file, a folder of transformers or a published name)."""
     out: Path | None = None
     """Folder of the run. Unset: runs/DATA-MODEL."""
     resume: Path | None = None
@@ -87,6 +89,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         out,
         weights=find_weights(flags.weights) if flags.weights else None,
         backbone_weights=flags.backbone_weights,
+        teacher=find_weights(flags.teacher) if flags.teacher else None,
         train_split=flags.train_split,
         val_split=flags.val_split,
         layout=flags.layout,
@@ -109,7 +112,19 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
     assert flags.resume is not None
-    for name in ("config", "weights", "backbone-weights", "overwrite", "model", "recipe", "with", "out", "layout"):
+    fixed = (
+        "config",
+        "weights",
+        "backbone-weights",
+        "overwrite",
+        "model",
+        "recipe",
+        "with",
+        "teacher",
+        "out",
+        "layout",
+    )
+    for name in fixed:
         if f"--{name}" in words:
             raise UsageError(
                 f"--resume and --{name} exclude each other: a resumed run keeps what it is",
@@ -148,6 +163,7 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
         (recipe or ["deim"])[0],
         tuple(peek(words, "--with")),
         random_start=card is None and not peek(words, "--backbone-weights"),
+        teacher=bool(peek(words, "--teacher")),
     )
     if card is None:
         return made
@@ -183,19 +199,22 @@ def _defaults(base: Recipe, start: Start | None, changed: Sequence[str]) -> Trai
 
 
 def _name_terms(words: Sequence[str], base: Recipe) -> list[str]:
-    """Flags of terms by their name, as flags of their place: --objective.BoxL1.weight -> --objective.terms.1.weight."""
-    names = {name.lower().replace("-", ""): index for index, name in enumerate(base.objective.names)}
+    """Flags of parts by their name, as flags of their place: --objective.BoxL1.weight -> --objective.terms.1.weight."""
+    sources = tuple(type(source).__name__ for source in base.sources)
     renamed = []
     for word in words:
-        found = re.fullmatch(r"--objective\.([A-Za-z][\w-]*)\.(.+)", word)
-        if found and found[1] not in ("terms", "policy"):
-            key = found[1].lower().replace("-", "")
-            if key not in names:
+        found = re.fullmatch(r"--(objective|sources)\.([A-Za-z][\w-]*)\.(.+)", word)
+        if found and found[2] not in ("terms", "policy"):
+            names, what = (base.objective.names, "term") if found[1] == "objective" else (sources, "source")
+            places = {name.lower(): index for index, name in enumerate(names)}
+            key = found[2].lower().replace("-", "")
+            if key not in places:
                 raise UsageError(
-                    f"the objective has no term {found[1]!r}",
+                    f"the {'objective' if what == 'term' else 'recipe'} has no {what} {found[2]!r}",
                     code="unknown_key",
-                    hint=did_you_mean(found[1], base.objective.names),
+                    hint=did_you_mean(found[2], names),
                 )
-            word = f"--objective.terms.{names[key]}.{found[2]}"
+            place = f"objective.terms.{places[key]}" if what == "term" else f"sources.{places[key]}"
+            word = f"--{place}.{found[3]}"
         renamed.append(word)
     return renamed

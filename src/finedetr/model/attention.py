@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         positions: Float[Tensor, "*B N D"],
-        blocked: Bool[Tensor, "E N"] | None = None,
+        blocked: Bool[Tensor, "*B E N"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Tokens look at one another.
 
@@ -69,7 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Te
 def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
     if blocked is None:
         return F.scaled_dot_product_attention(q, k, v)
-    extra = blocked.shape[0]
+    extra = blocked.shape[-2]
+    if blocked.dim() == 3:
+        blocked = blocked[:, None]  # of each picture, the same for all heads
     # two calls, so that no number of an extra group can touch the matching queries, not even by rounding
     return torch.cat(
         (

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ class Refinement:
     stages: tuple[str, ...]
     corners: Float[Tensor, "L B N 4 K"] | None = None  # accumulated edge logits of the layers
     anchors: Float[Tensor, "B N 4"] | None = None
+    states: Float[Tensor, "L B N D"] | None = None  # behind each layer; outside training only
 
 
 class Gateway(nn.Module):
@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
         positions: Float[Tensor, "B N D"],
         boxes: Float[Tensor, "B N 4"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
-        blocked: Bool[Tensor, "E N"] | None,
+        blocked: Bool[Tensor, "*B E N"] | None,
     ) -> Float[Tensor, "B N D"]:
         """The next state of the queries."""
         x = self.norm1(x + self.self_attention(x, positions, blocked))
@@ -115,6 +115,7 @@ class Answers:
         self.boxes: list[Tensor] = []
         self.stages: list[str] = []
         self.corners: list[Tensor] = []
+        self.states: list[Tensor] = []
         self.anchors: Tensor | None = None
         self.moved: Tensor | None = None  # accumulated edge logits, wanted or not
         self.content: Tensor | None = None  # of the layer before
@@ -131,7 +132,10 @@ class Answers:
     def stacked(self) -> Refinement:
         """All stages as one axis."""
         corners = torch.stack(self.corners) if self.corners else None
-        return Refinement(torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors)
+        states = torch.stack(self.states) if self.states else None
+        return Refinement(
+            torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors, states
+        )
 
 
 class Decoder(nn.Module, ABC):
@@ -158,7 +162,7 @@ class Decoder(nn.Module, ABC):
         content: Float[Tensor, "B N D"],
         boxes: Float[Tensor, "B N 4"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
-        blocked: Bool[Tensor, "E N"] | None = None,
+        blocked: Bool[Tensor, "*B E N"] | None = None,
         all_stages: bool = True,
     ) -> Refinement:
         """Refines the boxes of all queries, layer after layer.
@@ -177,6 +181,8 @@ class Decoder(nn.Module, ABC):
             if positions is None or not self.position_once:
                 positions = self._positions(reference.to(x.dtype))
             x = layer(x, positions, reference, memory, blocked)
+            if all_stages and not self.training:
+                answers.states.append(x)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
 
@@ -274,17 +280,17 @@ def join_blocked(
 
     Args:
         sizes: Queries of each extra group.
-        own: Each group's own [Q, Q] block, or None where all of it is visible.
+        own: Each group's own [Q, Q] or [B, Q, Q] block, or None where all of it is visible.
         sees: Whether each group sees the matching queries.
         queries: Number of matching queries, which stand last.
         device: Where the mask is built.
     """
-    blocks = [
-        torch.zeros(size, size, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-        for size, mask in zip(sizes, own, strict=True)
-    ]
-    inner = ~torch.block_diag(*[(~b).float() for b in blocks]).bool()
-    matching = torch.cat(
-        [torch.full((size, queries), not open_, device=device) for size, open_ in zip(sizes, sees, strict=True)]
-    )
-    return F.pad(inner, (0, queries)) | F.pad(matching, (inner.shape[1], 0))
+    extra, batch = sum(sizes), max((mask.shape[:-2] for mask in own if mask is not None), key=len, default=())
+    blocked = torch.ones(*batch, extra, extra + queries, dtype=torch.bool, device=device)
+    stop = 0
+    for size, mask, open_ in zip(sizes, own, sees, strict=True):
+        start, stop = stop, stop + size
+        blocked[..., start:stop, start:stop] = False if mask is None else mask
+        if open_:
+            blocked[..., start:stop, extra:] = False
+    return blocked

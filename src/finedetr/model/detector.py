@@ -12,8 +12,8 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
 from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
-from finedetr.model.queries import QuerySelection
-from finedetr.records import Edges, Output, Prediction, QueryGroup
+from finedetr.model.queries import Queries, QuerySelection
+from finedetr.records import Edges, Output, Prediction, QueryGroup, Trace
 
 __all__ = ["Detector"]
 
@@ -65,13 +65,14 @@ class Detector(nn.Module):
         """
         self._check_size(images)
         all_stages = self.training if all_stages is None else all_stages
-        pyramid = self.encoder(self.backbone(images))
+        maps = self.backbone(images)
+        pyramid = self.encoder(maps)
         memory = tuple(project(level) for project, level in zip(self.decoder_input_proj, pyramid, strict=True))
         shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
         tokens = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in memory], dim=1)
         queries = self.selection(tokens, shapes)
 
-        content = [self._content(group, queries.content.dtype) for group in extra]
+        content = [self._content(group, tokens, shapes).to(queries.content.dtype) for group in extra]
         blocked = None
         if extra:
             blocked = join_blocked(
@@ -88,16 +89,21 @@ class Detector(nn.Module):
             blocked,
             all_stages or bool(extra),
         )
-        return self._output(answers, queries.logits, queries.answers, extra, all_stages, pyramid)
+        trace = None
+        if all_stages:
+            own = queries.boxes.shape[1]
+            states = None if answers.states is None else answers.states[:, :, -own:]
+            trace = Trace(shapes, queries.tokens, queries.boxes, maps, states, queries.embedded)
+        return self._output(answers, queries, extra, all_stages, pyramid, trace)
 
     def _output(
         self,
         answers: Refinement,
-        encoder_logits: Tensor,
-        encoder_boxes: Tensor,
+        queries: Queries,
         extra: tuple[QueryGroup, ...],
         all_stages: bool,
         pyramid: tuple[Tensor, ...],
+        trace: Trace | None,
     ) -> Output:
         """Cuts the answers of the joined queries into their groups, the matching group last."""
         sizes = [group.boxes.shape[1] for group in extra]
@@ -113,12 +119,12 @@ class Detector(nn.Module):
         *groups, own = (self._prediction(answers.stages, *parts) for parts in cut)
         if all_stages:
             own = Prediction(
-                torch.cat((encoder_logits.float()[None], own.logits)),
-                torch.cat((encoder_boxes[None], own.boxes)),
+                torch.cat((queries.logits.float()[None], own.logits)),
+                torch.cat((queries.answers[None], own.boxes)),
                 ("encoder", *own.stages),
                 own.edges,
             )
-        return Output(own, tuple(zip(extra, groups, strict=True)), pyramid)
+        return Output(own, tuple(zip(extra, groups, strict=True)), pyramid, trace)
 
     def _prediction(
         self, stages: tuple[str, ...], logits: Tensor, boxes: Tensor, corners: Tensor | None, anchors: Tensor | None
@@ -129,11 +135,13 @@ class Detector(nn.Module):
         table = self.decoder.bin_table
         return Prediction(logits, boxes, stages, Edges(corners, anchors, table.values, table.scale))
 
-    def _content(self, group: QueryGroup, dtype: torch.dtype) -> Tensor:
+    def _content(self, group: QueryGroup, memory: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         if group.content is not None:
-            return group.content.to(dtype)
+            return group.content
+        if group.tokens is not None:
+            return self.selection.content(memory, shapes, group.tokens)
         embedded: Tensor = self.label_embedding(group.labels)
-        return embedded.to(dtype)
+        return embedded
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]

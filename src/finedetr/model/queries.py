@@ -22,6 +22,7 @@ class Queries:
     logits: Float[Tensor, "B Q C"]  # of the stage "encoder"
     answers: Float[Tensor, "B Q 4"]  # boxes of the stage "encoder"
     tokens: Int[Tensor, "B Q"]  # which cell of the flattened pyramid
+    embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
 
 
 def anchor_table(
@@ -65,12 +66,24 @@ class QuerySelection(nn.Module):
         # Ranking needs no gradient. Only the chosen tokens go through the heads a second time, with one: the same
         # gradient as through all tokens, for a fraction of the backward pass.
         with torch.no_grad():
-            best = self.score_head(self.norm(self.proj(memory))).amax(dim=-1)
+            embedded = self.norm(self.proj(memory))
+            best = self.score_head(embedded).amax(dim=-1)
             tokens = best.topk(min(self.queries, memory.shape[1]), dim=1).indices
         chosen = memory.gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
         content = self.norm(self.proj(chosen))
         boxes = (self.box_head(content).float() + anchors[tokens]).sigmoid()
-        return Queries(content.detach(), boxes.detach(), self.score_head(content), boxes, tokens)
+        kept = None if self.training else embedded
+        return Queries(content.detach(), boxes.detach(), self.score_head(content), boxes, tokens, kept)
+
+    @torch.no_grad()
+    def content(
+        self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B Q"]
+    ) -> Float[Tensor, "B Q D"]:
+        """What queries of given cells start with; like the own ones, without gradient."""
+        usable = self._table(shapes, memory.device)[1]
+        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
+        content: Tensor = self.norm(self.proj(chosen))
+        return content
 
     def _table(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (shapes, device)

@@ -10,13 +10,15 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.zoo import published_input
 from finedetr.recipes.deim import deim
 from finedetr.recipes.deimv2 import deimv2
+from finedetr.recipes.detrdistill import detrdistill, detrdistill_paper, detrdistill_released
 from finedetr.recipes.dfine import dfine
 from finedetr.recipes.extras import constant_rate, late_matching, official_groups
+from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.train.recipe import Recipe
 
-__all__ = ["PAPERS", "RECIPES", "build", "deim", "deimv2", "dfine", "rtdetrv2", "scratch"]
+__all__ = ["PAPERS", "RECIPES", "build", "deim", "deimv2", "detrdistill", "dfine", "od_detr", "rtdetrv2", "scratch"]
 
 RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
     "deim": deim,
@@ -31,11 +33,18 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
     "official-groups": official_groups,
     "constant-rate": constant_rate,
     "scratch": scratch,
+    "detrdistill": detrdistill,
+    "detrdistill-released": detrdistill_released,
+    "detrdistill-paper": detrdistill_paper,
+    "od-detr": od_detr,
+    "od-detr-paper": od_detr_paper,
 }
 """What `--with` puts on top, in the order given."""
 
 
-def build(model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = (), *, random_start: bool) -> Recipe:
+def build(
+    model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = (), *, random_start: bool, teacher: bool = False
+) -> Recipe:
     """The recipe of a command line, before its flags.
 
     Args:
@@ -43,6 +52,7 @@ def build(model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = ()
         recipe: A name of `RECIPES`.
         extras: Names of `PAPERS`, applied in order.
         random_start: No weights are given: adapt what presumes a pretrained backbone (`scratch`).
+        teacher: A frozen teacher is given: where no name of `extras` makes use of it, `detrdistill` does.
 
     Raises:
         UsageError: A name is unknown; the message suggests the closest ones.
@@ -56,6 +66,8 @@ def build(model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = ()
         before = base.name
         base = _find(PAPERS, name, "paper for --with")(base)
         base = replace(base, name=f"{before}+{name}")
+    if teacher and "frozen" not in base.teachers:
+        base = replace(detrdistill(base), name=f"{base.name}+detrdistill")
     return base
 
 

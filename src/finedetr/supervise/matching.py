@@ -12,9 +12,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finedetr.geometry import iou, iou_giou
-from finedetr.records import Assignment, Match, Prediction, Targets
+from finedetr.records import Assignment, Guidance, Match, Output, Prediction, Targets
 
-__all__ = ["Cost", "Fixed", "FocalCost", "MatchingPolicy", "PerStage", "QualityCost", "UnionOfStages"]
+__all__ = [
+    "Cost",
+    "Fixed",
+    "FocalCost",
+    "MatchingPolicy",
+    "PerStage",
+    "QualityCost",
+    "UnionOfStages",
+    "assignment_of",
+    "costs",
+    "match_stages",
+    "pairs_on",
+    "unite",
+]
 
 
 class Cost(ABC):
@@ -81,6 +94,14 @@ class MatchingPolicy(ABC):
     def __call__(self, prediction: Prediction, targets: Targets) -> Match:
         """Matches all stages of one group of queries."""
 
+    def informed(self, output: Output, guidance: Guidance | None) -> MatchingPolicy:
+        """The policy for the detector's own queries, which a teacher may have a say in; by default the same."""
+        return self
+
+    def with_cost(self, cost: Cost) -> MatchingPolicy:
+        """The same policy by another cost; itself where it has none."""
+        return self
+
 
 @dataclass(frozen=True)
 class PerStage(MatchingPolicy):
@@ -91,8 +112,12 @@ class PerStage(MatchingPolicy):
     def __call__(self, prediction: Prediction, targets: Targets) -> Match:
         """One Hungarian matching for each stage and picture."""
         pairs, sizes = match_stages(self.cost, prediction, targets)
-        own = _assignment(_to_device(pairs, prediction.logits.device), sizes, len(targets))
+        own = assignment_of(pairs_on(prediction.logits.device, pairs), sizes, len(targets))
         return Match(own, own)
+
+    def with_cost(self, cost: Cost) -> PerStage:
+        """The same by another cost."""
+        return PerStage(cost)
 
 
 @dataclass(frozen=True)
@@ -110,23 +135,29 @@ class UnionOfStages(MatchingPolicy):
         """One Hungarian matching for each stage and picture, and their union."""
         pairs, sizes = match_stages(self.cost, prediction, targets)
         union = unite(pairs, queries=prediction.logits.shape[2], targets=len(targets))
-        packed = _to_device(np.concatenate((pairs, union), axis=1), prediction.logits.device)
+        packed = pairs_on(prediction.logits.device, np.concatenate((pairs, union), axis=1))
         own, shared = packed.split((pairs.shape[1], union.shape[1]), dim=1)
         return Match(
-            _assignment(own, sizes, len(targets)),
-            _assignment(shared, (union.shape[1],), union.shape[1]).repeat(len(sizes)),
+            assignment_of(own, sizes, len(targets)),
+            assignment_of(shared, (union.shape[1],), union.shape[1]).repeat(len(sizes)),
         )
+
+    def with_cost(self, cost: Cost) -> UnionOfStages:
+        """The same by another cost."""
+        return UnionOfStages(cost)
 
 
 @dataclass(frozen=True, eq=False)
 class Fixed(MatchingPolicy):
-    """A group that knows its assignment (denoising): the same pairs at every stage, for labels and boxes."""
+    """A group that knows its assignment (denoising, teachers' queries), for labels and boxes alike."""
 
-    assignment: Assignment  # stage-free: one stage
+    assignment: Assignment  # of each stage, or stage-free: one stage
 
     def __call__(self, prediction: Prediction, targets: Targets) -> Match:
-        """The known pairs, repeated."""
-        pairs = self.assignment.repeat(len(prediction.stages))
+        """The known pairs, repeated where they are the same at every stage."""
+        pairs = self.assignment
+        if pairs.stages == 1:
+            pairs = pairs.repeat(len(prediction.stages))
         return Match(pairs, pairs)
 
 
@@ -193,11 +224,13 @@ def unite(pairs: np.ndarray, queries: int, targets: int) -> np.ndarray:
     return np.stack((np.zeros_like(kept), owner // queries, owner % queries, target))
 
 
-def _to_device(pairs: np.ndarray, device: torch.device) -> Int[Tensor, "4 M"]:
+def pairs_on(device: torch.device, pairs: np.ndarray) -> Int[Tensor, "4 M"]:
+    """Rows (stage, image, query, target) on a device."""
     return torch.from_numpy(pairs).to(device, non_blocking=True)
 
 
-def _assignment(pairs: Int[Tensor, "4 M"], sizes: tuple[int, ...], count: int) -> Assignment:
+def assignment_of(pairs: Int[Tensor, "4 M"], sizes: tuple[int, ...], count: int) -> Assignment:
+    """An assignment of rows (stage, image, query, target), with one count for all stages."""
     stage, image, query, target = pairs.unbind()
     counts = torch.full((len(sizes),), float(count), device=pairs.device)
     return Assignment(stage, image, query, target, counts, sizes)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, distributed
 
 from finedetr.errors import ConfigError, DivergedError, did_you_mean
-from finedetr.records import Edges, Match, Output, Prediction, QueryGroup, Supervision, Targets
+from finedetr.records import Edges, Guidance, Match, Output, Prediction, QueryGroup, Supervision, Targets
 from finedetr.supervise.matching import Fixed, MatchingPolicy, UnionOfStages
 from finedetr.supervise.terms import Term
 
-__all__ = ["Losses", "Objective", "average_counts"]
+__all__ = ["Losses", "Objective", "average_counts", "describe"]
 
 
 @dataclass(frozen=True)
@@ -111,38 +111,42 @@ class Objective:
         """The terms' names."""
         return tuple(type(term).__name__ for term in self.terms)
 
-    def __call__(self, output: Output, targets: Targets, teacher: Prediction | None = None) -> Losses:
+    def __call__(self, output: Output, targets: Targets, guidance: Guidance | None = None) -> Losses:
         """Judges an output.
 
         Args:
             output: Of the detector, at all stages.
             targets: The truth of the same batch.
-            teacher: What a teacher answered to the matching queries.
+            guidance: What teachers say about it.
         """
         names: list[str] = []
         values: list[Tensor] = []
         with torch.autocast(output.matching.logits.device.type, enabled=False):
-            for group, weight, supervision in self.supervise(output, targets, teacher):
+            for group, weight, supervision in self.supervise(output, targets, guidance):
                 for name, term in zip(self.names, self.terms, strict=True):
-                    stages = term.covers(supervision.answers)
+                    stages = term.covers(supervision)
                     if stages:
                         values.append(term(supervision) * (term.weight * weight))
                         names += [f"{group}/{supervision.answers.stages[stage]}/{name}" for stage in stages]
         return Losses(tuple(names), torch.cat(values), output)
 
     def supervise(
-        self, output: Output, targets: Targets, teacher: Prediction | None = None
+        self, output: Output, targets: Targets, guidance: Guidance | None = None
     ) -> list[tuple[str, float, Supervision]]:
         """Name, weight and supervision of each group of queries; the matching group comes first."""
         answers = [_as_float(output.matching), *(_as_float(answer) for _, answer in output.groups)]
         groups = [group for group, _ in output.groups]
-        policies = [self.policy, *(self._policy_of(group) for group in groups)]
+        policies = [self.policy.informed(output, guidance), *(self._policy_of(group) for group in groups)]
         matches = average_counts([policy(answer, targets) for policy, answer in zip(policies, answers, strict=True)])
-        matching = Supervision(answers[0], matches[0], targets, teacher)
+        matching = Supervision(answers[0], matches[0], targets, output=output, guidance=guidance)
         return [
             ("matching", 1.0, matching),
             *(
-                (group.name, group.weight, Supervision(answer, match, targets, group.taught, matching))
+                (
+                    group.name,
+                    group.weight,
+                    Supervision(answer, match, targets, group.taught, matching, by_targets=group.by_targets),
+                )
                 for group, answer, match in zip(groups, answers[1:], matches[1:], strict=True)
             ),
         ]
@@ -180,8 +184,8 @@ class Objective:
 
     def formula(self) -> str:
         """The objective in one line; numbers that differ from the published ones are shown."""
-        summands = " + ".join(f"{term.weight:g}·{_describe(term)}" for term in self.terms)
-        return f"{summands}, matched by {_describe(self.policy)}"
+        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in self.terms)
+        return f"{summands}, matched by {describe(self.policy)}"
 
 
 def average_counts(matches: list[Match]) -> list[Match]:
@@ -200,7 +204,8 @@ def average_counts(matches: list[Match]) -> list[Match]:
         own = replace(match.labels, count=labels)
         # one assignment stays one: what is computed for its pairs is then shared
         shared = own if match.boxes is match.labels else replace(match.boxes, count=boxes)
-        result.append(Match(own, shared))
+        second = match.second and replace(match.second, count=labels)
+        result.append(replace(match, labels=own, boxes=shared, second=second))
     return result
 
 
@@ -212,14 +217,16 @@ def _as_float(answers: Prediction) -> Prediction:
     return Prediction(answers.logits.float(), answers.boxes.float(), answers.stages, edges)
 
 
-def _describe(thing: object) -> str:
+def describe(thing: object, without: str = "") -> str:
     """Its class, and those of its fields that differ from their defaults."""
     changed = []
     for f in fields(thing):  # type: ignore[arg-type]
         value = getattr(thing, f.name)
         standard = f.default_factory() if callable(f.default_factory) else f.default
-        if f.name != "weight" and value != standard:
-            shown = _describe(value) if hasattr(value, "__dataclass_fields__") else f"{value:g}"
+        if f.name != without and value != standard:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            if hasattr(value, "__dataclass_fields__"):
+                shown = describe(value)
             changed.append(f"{f.name}={shown}")
     return type(thing).__name__ + (f"({', '.join(changed)})" if changed else "")
 

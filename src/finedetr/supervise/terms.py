@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from finedetr.geometry import bracket, encode_edges, to_xyxy
-from finedetr.records import Edges, Prediction, Supervision
+from finedetr.geometry import bracket, encode_edges, iou, to_xyxy
+from finedetr.records import Assignment, Edges, Supervision, Targets
 
 __all__ = [
     "BoxGIoU",
@@ -28,8 +28,10 @@ __all__ = [
     "Focal",
     "LocalizationDistillation",
     "MatchabilityAware",
+    "QualityFocal",
     "Term",
     "Varifocal",
+    "over_processes",
 ]
 
 
@@ -43,9 +45,22 @@ class Term(ABC):
     def __call__(self, s: Supervision) -> Float[Tensor, " N"]:
         """The value at each stage that `covers` names, normalized, before the weight."""
 
-    def covers(self, answers: Prediction) -> range:
-        """The stages that this term judges, all by default. An empty range: nothing to say about this group."""
-        return range(len(answers.stages))
+    def covers(self, s: Supervision) -> range:
+        """The stages that this term judges. An empty range: nothing to say about this group.
+
+        By default all stages of every group that the targets judge.
+        """
+        return range(len(s.answers.stages)) if s.by_targets else range(0)
+
+
+def over_processes(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The mean of each value over all processes, without gradient: for normalizers that are no counts of pairs."""
+    values = values.detach()
+    if distributed.is_available() and distributed.is_initialized():
+        values = values.clone()
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    return values
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -62,14 +77,25 @@ def sum_over_classes(s: Supervision, background: Background, foreground: Foregro
     Args:
         s: What is judged.
         background: The summand where the query is not of this class, which is nearly everywhere.
-        foreground: The summand where it is: at the pairs of `match.labels`.
+        foreground: The summand where it is: at the pairs of `match.labels` and of `match.second`.
     """
-    pairs, logits = s.match.labels, s.answers.logits.float()
+    pairs, second, logits = s.match.labels, s.match.second, s.answers.logits.float()
+    entry, quality = _entries(pairs, s.targets, logits), s.quality
+    if second is not None:
+        other = s.match.share * iou(second.pick(s.answers.boxes.detach()).float(), s.targets.boxes[second.target])
+        entry = torch.cat((entry, _entries(second, s.targets, logits)))
+        # one class of one query may be asked for twice: the better target counts, at both places
+        best = torch.zeros(logits.numel(), device=logits.device)
+        quality = best.scatter_reduce_(0, entry, torch.cat((quality, other)), "amax")[entry]
+    total: Tensor = _LabelSum.apply(logits, entry, quality, background, foreground)  # type: ignore[no-untyped-call]
+    return total / pairs.count
+
+
+def _entries(pairs: Assignment, targets: Targets, logits: Float[Tensor, "S B Q C"]) -> Int[Tensor, " M"]:
+    """Where in the flattened logits the class of each pair's target stands."""
     _, pictures, queries, classes = logits.shape
     row = (pairs.stage * pictures + pairs.image) * queries + pairs.query
-    entry = row * classes + s.targets.labels[pairs.target]
-    total: Tensor = _LabelSum.apply(logits, entry, s.quality, background, foreground)  # type: ignore[no-untyped-call]
-    return total / pairs.count
+    return row * classes + targets.labels[pairs.target]
 
 
 class _LabelSum(torch.autograd.Function):
@@ -172,6 +198,33 @@ class MatchabilityAware(Term):
         return F.softplus(x) - target * x, p - target
 
 
+@dataclass(frozen=True)
+class QualityFocal(Term):
+    """Quality focal loss (Li et al., 2020, eq. 5): |q - p|^γ · BCE(p, q), q the IoU at the pairs and 0 elsewhere.
+
+    With second targets (`Match.second`) it is OD-DETR's multi-target quality focal loss.
+    """
+
+    weight: float = 1.0
+    gamma: float = 2.0
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Sum over queries and classes, divided by the count."""
+        return sum_over_classes(s, self._background, self._foreground)
+
+    def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """p^γ softplus(x); the weight has a gradient, too."""
+        entropy, share = F.softplus(x), _power(p, self.gamma)
+        return share * entropy, share * (self.gamma * (1 - p) * entropy + p)
+
+    def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """|q - p|^γ (softplus(x) - q x)."""
+        entropy, distance = F.softplus(x) - quality * x, p - quality
+        share = distance.abs() ** self.gamma
+        slope = self.gamma * distance.sign() * distance.abs() ** (self.gamma - 1) * p * (1 - p)
+        return share * entropy, slope * entropy + share * distance
+
+
 def _constant_weight(x: Tensor, p: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     """α p^γ softplus(x) with a constant weight, and its slope α p^(γ+1)."""
     share = _power(p, gamma)
@@ -228,10 +281,10 @@ class FineGrainedLocalization(Term):
 
     weight: float = 0.15
 
-    def covers(self, answers: Prediction) -> range:
+    def covers(self, s: Supervision) -> range:
         """The stages that have distributions, which are the last."""
-        stages = len(answers.stages)
-        return range(stages - _layers(answers.edges), stages)
+        stages = super().covers(s)
+        return stages[len(stages) - _layers(s.answers.edges) :]
 
     def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
         """Mean over the pairs."""
@@ -267,10 +320,10 @@ class LocalizationDistillation(Term):
     temperature: float = 5.0
     balance_of_matching: bool = True
 
-    def covers(self, answers: Prediction) -> range:
+    def covers(self, s: Supervision) -> range:
         """The stages that have distributions, without the final one."""
-        stages, layers = len(answers.stages), _layers(answers.edges)
-        return range(stages - layers, stages - min(layers, 1))
+        stages, layers = super().covers(s), _layers(s.answers.edges)
+        return stages[len(stages) - layers : len(stages) - min(layers, 1)]
 
     def __call__(self, s: Supervision) -> Float[Tensor, " N"]:
         """Balanced mean over all queries of the pictures; free of the count."""

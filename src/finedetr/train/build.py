@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finedetr.distill.teachers import Teacher, Teachers, build_adapters, map_classes
 from finedetr.errors import ModelError, UsageError
 from finedetr.model.detector import Detector
 from finedetr.model.pretrained import load_backbone
-from finedetr.model.weights import transfer_weights
+from finedetr.model.weights import load_weights, transfer_weights
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
@@ -57,6 +58,12 @@ class Student:
     updater: Updater
     frozen: tuple[nn.Module, ...]  # modules whose norms keep their statistics
     origins: tuple[tuple[str, str], ...]  # (what, which): what became of the weights that were given
+    teachers: Teachers | None = None
+
+    @property
+    def adapters(self) -> nn.Module | None:
+        """What is trained beside the detector, because of a teacher."""
+        return None if self.teachers is None else self.teachers.adapters
 
     def train(self) -> None:
         """Training mode, but for the norms of what is frozen."""
@@ -65,7 +72,9 @@ class Student:
             module.eval()
 
 
-def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: World, start: Start) -> Student:
+def build_student(
+    recipe: Recipe, plan: Plan, names: tuple[str, ...], world: World, start: Start, teacher: Path | None = None
+) -> Student:
     """Everything for a run, from random weights of the recipe's seed or from given ones.
 
     Args:
@@ -74,6 +83,10 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
         names: The class names, in order.
         world: This process and its device.
         start: What it begins with.
+        teacher: The weights of a frozen teacher.
+
+    Raises:
+        UsageError: The recipe has parts that need a frozen teacher, and there is none.
     """
     random.seed(recipe.seed)  # nothing here draws from it; a callback or a library may
     torch.manual_seed(recipe.seed)
@@ -99,12 +112,64 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
         backbone=options.backbone,
         grouping=options.grouping,
     )
+    teachers = _teachers(recipe, detector, average, names, world, teacher)
+    if teachers is not None and teachers.adapters is not None:
+        rate = recipe.lr or options.lr
+        groups.append(
+            {
+                "name": "adapters",
+                "params": list(teachers.adapters.parameters()),
+                "lr": rate,
+                "initial_lr": rate,
+                "weight_decay": options.weight_decay,
+            }
+        )
     optimizer = adamw(groups, options.betas)
     wrapped = world.wrap(detector, sync_norms=recipe.sync_norms, unused=not recipe.denoise)
     updater = Updater(
         wrapped, optimizer, average, Precision.choose(recipe.precision, world.device), world, options.clip
     )
-    return Student(detector, wrapped, average, optimizer, updater, frozen, tuple(origins))
+    return Student(detector, wrapped, average, optimizer, updater, frozen, tuple(origins), teachers)
+
+
+def _teachers(
+    recipe: Recipe,
+    detector: Detector,
+    average: MovingAverage,
+    names: tuple[str, ...],
+    world: World,
+    weights: Path | None,
+) -> Teachers | None:
+    """Whoever the recipe lets speak; None where nobody does."""
+    wanted = recipe.teachers
+    if not wanted:
+        return None
+    teachers = Teachers()
+    if "average" in wanted:
+        teachers.average = Teacher(average.model)
+    if "frozen" in wanted:
+        if weights is None:
+            raise UsageError(
+                f"the recipe {recipe.name} has parts that a teacher teaches, and there is none",
+                code="required",
+                hint="Give one with --teacher: a run, a weight file, a folder of transformers or a published name.",
+            )
+        other, card = load_weights(weights, world.device)
+        other.requires_grad_(False)
+        if recipe.channels_last:
+            other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        theirs = (card.mean, card.std) if card.mean and card.std else None
+        teachers.frozen = Teacher(
+            other,
+            map_classes(names, card.names),
+            scale=recipe.teaching.scale,
+            given=recipe.normalization,
+            wanted=theirs,
+        )
+        adapters = build_adapters(recipe.objective.terms, detector, other, recipe.teaching.scale)
+        if any(True for _ in adapters.parameters()):
+            teachers.adapters = adapters.to(world.device)
+    return teachers
 
 
 def freeze(detector: Detector, recipe: Recipe) -> tuple[nn.Module, ...]:

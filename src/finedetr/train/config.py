@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from finedetr.distill.matching import TeacherVotes
+from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior, QuerySource
+from finedetr.distill.terms import FeatureDistillation, LogitsDistillation, PredictionDistillation, SecondBox
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.supervise.matching import Cost, FocalCost, MatchingPolicy, PerStage, QualityCost, UnionOfStages
 from finedetr.supervise.terms import (
@@ -16,6 +19,7 @@ from finedetr.supervise.terms import (
     Focal,
     LocalizationDistillation,
     MatchabilityAware,
+    QualityFocal,
     Term,
     Varifocal,
 )
@@ -32,8 +36,14 @@ KINDS: dict[type, tuple[type, ...]] = {
         BoxGIoU,
         FineGrainedLocalization,
         LocalizationDistillation,
+        QualityFocal,
+        LogitsDistillation,
+        FeatureDistillation,
+        PredictionDistillation,
+        SecondBox,
     ),
-    MatchingPolicy: (PerStage, UnionOfStages),
+    MatchingPolicy: (PerStage, UnionOfStages, TeacherVotes),
+    QuerySource: (QueryPrior, PredictionQueries, AuxiliaryQueries),
     Cost: (FocalCost, QualityCost),
 }
 """Abstract classes that a field may be annotated with, and their final ones. In JSON, `kind` names which it is."""
@@ -76,7 +86,8 @@ def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]
     for key, value in document.items():
         if isinstance(value, list) and value and all(isinstance(item, Mapping) and "kind" in item for item in value):
             for item in value:
-                flat |= flatten({k: v for k, v in item.items() if k != "kind"}, f"{prefix}{item['kind']}.")
+                place = item["kind"] if key == "terms" else f"{key}.{item['kind']}"
+                flat |= flatten({k: v for k, v in item.items() if k != "kind"}, f"{prefix}{place}.")
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")

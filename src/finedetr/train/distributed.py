@@ -53,6 +53,13 @@ class World:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return [float(value) for value in tensor.tolist()]
 
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Puts the mean over all processes into each of these, for parameters that `wrap` does not know."""
+        if self.size > 1:
+            for gradient in gradients:
+                distributed.all_reduce(gradient)
+                gradient /= self.size
+
     def wait(self) -> None:
         """Until every process has come here."""
         if self.size > 1:

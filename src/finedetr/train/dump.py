@@ -28,8 +28,11 @@ def sources_of(
     recipe: Recipe, classes: int, *, epoch: int, step: int, rank: int, device: torch.device
 ) -> tuple[Source, ...]:
     """Where query groups come from in one step of one process; their noise follows from its place in the run."""
+    given: tuple[Source, ...] = tuple(partial(source, student=recipe.model) for source in recipe.sources)
+    if not recipe.denoise:
+        return given
     generator = generator_for(recipe.seed, epoch, step, rank, device)
-    return (partial(recipe.denoising, classes=classes, generator=generator),) if recipe.denoise else ()
+    return (lambda targets, _: recipe.denoising(targets, classes, generator), *given)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Dump:
             raise ModelError(f"{path} is a dump of another version: {error}", code="schema") from error
 
     def replay(self) -> Replay:
-        """Does the step again, up to the gradient.
+        """Does the step again, up to the gradient, without what a teacher said.
 
         The arithmetic may differ from that of a run in half precision or on a GPU, and with it the outcome.
         """

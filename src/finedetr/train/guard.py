@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +16,7 @@ from finedetr.train.dump import Dump, sources_of
 from finedetr.train.keep import Keeper
 from finedetr.train.plan import more_parts
 from finedetr.train.state import Progress
-from finedetr.train.step import StepReport, out_of_memory
+from finedetr.train.step import StepReport, Teaching, out_of_memory
 
 __all__ = ["Guard"]
 
@@ -56,7 +58,9 @@ class Guard:
         while True:
             sources = sources_of(self.recipe, len(self.classes), device=self.world.device, **place)
             try:
-                return self.student.updater(images, targets, pictures, sources, objective, p.accumulate)
+                return self.student.updater(
+                    images, targets, pictures, sources, objective, p.accumulate, self._teaching(p)
+                )
             except torch.OutOfMemoryError as error:
                 # the other processes of a run are in the midst of their step and cannot follow
                 parts = more_parts(len(images), p.accumulate) if p.epoch == 0 and self.world.size == 1 else None
@@ -70,6 +74,12 @@ class Guard:
             p.accumulate = parts
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()  # what is left in pieces of the old size
+
+    def _teaching(self, p: Progress) -> Teaching | None:
+        """Who speaks in this step."""
+        if self.student.teachers is None:
+            return None
+        return partial(self.student.teachers, strength=self.recipe.teaching.strength(p.total, p.epochs * p.steps))
 
     def _pass_over(
         self, error: DivergedError, images: Tensor, targets: Targets, pictures: tuple[str, ...], p: Progress

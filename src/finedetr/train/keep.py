@@ -126,9 +126,19 @@ class Keeper:
         return min(left, self.recipe.max_time - p.seconds) if self.recipe.max_time else left
 
     def evaluation(
-        self, detector: nn.Module, evaluation: Evaluation, evaluator: Evaluator, p: Progress, *, better: bool
+        self,
+        detector: nn.Module,
+        evaluation: Evaluation,
+        evaluator: Evaluator,
+        p: Progress,
+        *,
+        better: bool,
+        teaching: Mapping[str, float] | None = None,
     ) -> None:
-        """Keeps the weights that were measured, and where they are the best, what they found."""
+        """Keeps the weights that were measured, and where they are the best, what they found.
+
+        `teaching` is what was measured about teachers beside it.
+        """
         self._save_weights(detector, evaluation.metrics(), p, better=better)
         if better:
             self.best = evaluation
@@ -148,6 +158,7 @@ class Keeper:
                 "best": better,
                 "seconds": round(p.seconds, 3),
                 **evaluation.metrics(),
+                **({"teaching": {name: round(value, 6) for name, value in teaching.items()}} if teaching else {}),
             }
         )
         star = "  best" if better else f"  best {p.best:.4f} in epoch {p.best_epoch + 1}"
@@ -155,6 +166,8 @@ class Keeper:
             f"epoch {p.epoch + 1}/{p.epochs}  AP {evaluation.ap:.4f}  AP50 {evaluation.ap50:.4f}  "
             f"AR {evaluation.ar100:.4f}{star}  {clock(p.seconds)}"
         )
+        if teaching:
+            self.reporter.line("teaching: " + ", ".join(f"{name} {value:.3g}" for name, value in teaching.items()))
         self.status("running", p)
 
     def _worst(self, evaluation: Evaluation, evaluator: Evaluator) -> None:

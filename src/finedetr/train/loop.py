@@ -31,6 +31,7 @@ from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
 from finedetr.train.step import StepReport
+from finedetr.train.watch import Watch
 
 __all__ = ["Data", "Result", "Run"]
 
@@ -68,6 +69,7 @@ class Run:
         world: This process among the others.
         reporter: Who says what happens.
         start: What it begins with instead of random numbers.
+        teacher: Weights of a frozen teacher.
         callbacks: Functions of a user, called in the main process.
     """
 
@@ -79,6 +81,7 @@ class Run:
         world: World,
         reporter: Reporter,
         start: Start | None = None,
+        teacher: Path | None = None,
         callbacks: Callbacks | None = None,
     ) -> None:
         self.recipe, self.data, self.folder, self.world, self.reporter = recipe, data, folder, world, reporter
@@ -87,6 +90,7 @@ class Run:
         self.saved_at = time.monotonic()
         self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
         self.out_of_time = False
+        self.cost: list[float] | None = []  # seconds of steps, until the teachers' share of them is known
         self.last_ap = -1.0
         self.loader: TrainingLoader | None = None
         self.plan = Plan(recipe, recipe.epochs, 1)
@@ -94,9 +98,12 @@ class Run:
         self.progress = Progress(
             epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps, accumulate=recipe.accumulate
         )
-        self.student = build_student(recipe, self.plan, data.train.categories.names, world, start or Start())
+        self.student = build_student(recipe, self.plan, data.train.categories.names, world, start or Start(), teacher)
         self.keeper = Keeper(folder, data.train.categories, recipe, reporter)
         self.guard = Guard(self.student, self.keeper, world)
+        self.observer: Watch | None = None
+        if data.val is not None and recipe.teaching.watch:
+            self.observer = Watch(recipe, data.val, self.student.updater.precision)
 
     def _plan_for(self, epochs: int) -> None:
         """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
@@ -153,7 +160,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         s = self.student
-        self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler)
+        self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
         changed = p.limit != self.recipe.epochs
         if changed:  # the user asks for more or fewer epochs than the run was begun with
             p.epochs = p.limit = self.recipe.epochs
@@ -176,7 +183,7 @@ class Run:
     def _state(self) -> dict[str, Any]:
         s = self.student
         categories = self.data.train.categories
-        state = capture(self.progress, s.detector, s.average, s.optimizer, s.updater.scaler)
+        state = capture(self.progress, s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
         return {
             **state,
             "config": self.folder.read_json(self.folder.config),
@@ -232,9 +239,11 @@ class Run:
             report = self.guard(images, targets, batch.names, p)
             p.step += 1
             p.total += 1
-            p.seconds += self.watch.lap("step")
+            seconds = self.watch.lap("step")
+            p.seconds += seconds
             if report is not None:
                 self._tell(report, rate, batch)
+                self._tell_cost(seconds)
             if self._wants_to_leave(interruption):
                 return
 
@@ -335,7 +344,7 @@ class Run:
     def _evaluate(self) -> bool:
         """Measures the moving average; whether it is the best so far."""
         p, recipe, data = self.progress, self.recipe, self.data
-        detector = self.student.average.model
+        detector, teachers = self.student.average.model, self.student.teachers
         if data.val is None:
             if self.world.main:
                 self.keeper.unmeasured(detector, p)
@@ -359,7 +368,8 @@ class Run:
         if better:
             p.best, p.best_epoch = evaluation.ap, p.epoch
         if self.world.main:
-            self.keeper.evaluation(detector, evaluation, evaluator, p, better=better)
+            seen = self.observer(self.student.detector, teachers) if self.observer and teachers else None
+            self.keeper.evaluation(detector, evaluation, evaluator, p, better=better, teaching=seen)
             self._call(self.callbacks.on_eval, evaluation=evaluation)
         self.last_ap = evaluation.ap
         return better
@@ -376,7 +386,7 @@ class Run:
         self.world.wait()
         p.restarts += 1
         if self.folder.restart.is_file():
-            restore(load_state(self.folder.restart), s.detector, s.average, s.optimizer, s.updater.scaler)
+            restore(load_state(self.folder.restart), s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
             self.reporter.line(f"epoch {p.epoch + 1}: back to the best weights (restart {p.restarts})")
         else:
             self.reporter.warn(f"no state at {self.folder.restart}: the plain epochs go on from the current weights")
@@ -396,6 +406,24 @@ class Run:
     def _status(self, state: str, message: str = "") -> None:
         if self.world.main:
             self.keeper.status(state, self.progress, message)
+
+    def _tell_cost(self, seconds: float) -> None:
+        """Once a process has warmed up: how much of a step the teachers take."""
+        teachers = self.student.teachers
+        if teachers is None or self.cost is None:
+            return
+        if teachers.calls <= WARMING * self.recipe.accumulate:
+            teachers.seconds = 0.0
+            return
+        self.cost.append(seconds)
+        if len(self.cost) == PROBE:
+            total = sum(self.cost)
+            added = teachers.seconds / max(total - teachers.seconds, 1e-9)
+            self.reporter.line(
+                f"teachers add {added:.0%} to a step ({teachers.seconds / PROBE:.3f} of {total / PROBE:.3f} s), "
+                "and what their terms and queries need"
+            )
+            self.cost = None
 
     def _tell(self, report: StepReport, rate: float, batch: Batch) -> None:
         p = self.progress

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from finedetr.data.transforms import Augmentation, Windows
+from finedetr.distill.queries import QuerySource
 from finedetr.errors import ConfigError, DataError
 from finedetr.model.config import ModelConfig
 from finedetr.model.zoo import variant
+from finedetr.records import Who
 from finedetr.supervise.denoising import Denoising
 from finedetr.supervise.matching import QualityCost, UnionOfStages
-from finedetr.supervise.objective import Objective
+from finedetr.supervise.objective import Objective, describe
 from finedetr.supervise.terms import (
     BoxGIoU,
     BoxL1,
@@ -28,7 +30,7 @@ from finedetr.supervise.terms import (
 from finedetr.train.optimizer import Grouping
 from finedetr.train.schedule import Curve, FlatCosine, WarmupConstant
 
-__all__ = ["Average", "Evaluating", "Optimizer", "Recipe", "Saving", "Schedule"]
+__all__ = ["Average", "Evaluating", "Optimizer", "Recipe", "Saving", "Schedule", "Teaching"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,34 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Teaching:
+    """How teachers teach; what they teach are terms of the objective, its policy, and the sources of queries."""
+
+    scale: float = 1.0
+    """The frozen teacher sees pictures so many times as large as the student."""
+    start: float = 0.1
+    """The moving average begins to teach after this share of the run, at most ..."""
+    start_steps: int = 1000
+    """... so many steps."""
+    ramp: float = 0.1
+    """It then needs this share of the run, at most ..."""
+    ramp_steps: int = 1000
+    """... so many steps, until it teaches with full weight."""
+    watch: int = 100
+    """Pictures of the validation split on which the stability of the matching is measured; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0 or not 0 <= self.start <= 1 or not 0 <= self.ramp <= 1 or self.watch < 0:
+            raise ConfigError(f"teaching: wanted a scale above 0, shares within 0..1 and watch from 0, got {self}")
+
+    def strength(self, step: int, total: int) -> float:
+        """The weight of what the average teaches in a step (from 0) of a run of so many."""
+        start = min(self.start_steps, round(self.start * total))
+        ramp = min(self.ramp_steps, round(self.ramp * total))
+        return min(1.0, max(0.0, (step - start + 1) / (ramp + 1)))
+
+
+@dataclass(frozen=True)
 class Saving:
     """When the resume state is written; always after an epoch, and when the run is interrupted."""
 
@@ -212,6 +242,9 @@ class Recipe:
     balance: float = 0.0
     """Pictures with a class that stands in less than this share of them come more often in an epoch (repeat-factor
     sampling; LVIS: 0.001, small sets: such as 0.1). 0 is off."""
+    sources: tuple[QuerySource, ...] = ()
+    """Where groups of queries come from, beside denoising."""
+    teaching: Teaching = field(default_factory=Teaching)
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     patience: int = 0
@@ -271,12 +304,23 @@ class Recipe:
         """(mean, std), or None."""
         return (self.mean, self.std) if self.mean and self.std else None
 
+    @property
+    def teachers(self) -> tuple[Who, ...]:
+        """Who has a say: whoever a part with a weight names."""
+        parts = (*self.objective.terms, self.objective.policy, *self.sources)
+        named = {part.teacher for part in parts if hasattr(part, "teacher") and getattr(part, "weight", 1.0) != 0}
+        return tuple(who for who in ("frozen", "average") if who in named)
+
+    def formula(self) -> str:
+        """What is minimized, over which groups of queries, in one line."""
+        groups = ["denoising"] * self.denoise + [describe(source) for source in self.sources if source.weight]
+        return self.objective.formula() + (f"; beside the own queries: {', '.join(groups)}" if groups else "")
+
     def objective_at(self, epoch: int) -> Objective:
         """The objective of an epoch: only the cost of the matching may change, once."""
-        policy = self.objective.policy
-        if epoch < self.schedule.late_matching * self.epochs or not hasattr(policy, "cost"):
+        if epoch < self.schedule.late_matching * self.epochs:
             return self.objective
-        return replace(self.objective, policy=replace(policy, cost=QualityCost()))  # type: ignore[type-var]
+        return replace(self.objective, policy=self.objective.policy.with_cost(QualityCost()))
 
     def resolve(self, pictures: int) -> Recipe:
         """The same recipe with batch and learning rate as numbers, for a data set of so many training pictures.

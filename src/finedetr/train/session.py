@@ -40,6 +40,7 @@ class Request:
     out: Path
     weights: Path | None = None
     backbone_weights: Path | None = None
+    teacher: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
     layout: str | None = None
@@ -114,7 +115,9 @@ def begin(
             reporter.line(request.recipe.why_rate(recipe))
             if tell:
                 tell(reporter)
-            run = Run(recipe, data, folder, world, reporter, request.start, callbacks)
+            run = Run(recipe, data, folder, world, reporter, request.start, request.teacher, callbacks)
+            for line in run.student.teachers.lines() if run.student.teachers else ():
+                reporter.line(line)
             if recipe.balance:
                 reporter.line(balance_line(recipe, data))
             for what, which in run.student.origins:
@@ -155,7 +158,10 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            run = Run(recipe, opened, folder, world, reporter, callbacks=callbacks)
+            teacher = folder.read_json(folder.config).get("teacher")
+            run = Run(
+                recipe, opened, folder, world, reporter, teacher=Path(teacher) if teacher else None, callbacks=callbacks
+            )
             try:
                 run.resume()
             except BaseException:
@@ -287,6 +293,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
         },
         "weights": str(request.weights) if request.weights else None,
         "backbone_weights": str(request.backbone_weights) if request.backbone_weights else None,
+        "teacher": str(Path(request.teacher).resolve()) if request.teacher else None,
         "derived": sorted({k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v} | {*request.derived}),
         "recipe": to_dict(recipe),
     }

@@ -66,14 +66,19 @@ def capture(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    adapters: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Everything as plain values and tensors; see `finedetr.train.checkpoint`."""
+    """Everything as plain values and tensors; see `finedetr.train.checkpoint`.
+
+    `adapters` belong to the training beside the model (`finedetr.distill.teachers`).
+    """
     return {
         "progress": asdict(progress),
         "model": model.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        "adapters": adapters.state_dict() if adapters else {},
         "random": {
             "python": random.getstate(),
             "torch": torch.get_rng_state(),
@@ -88,6 +93,7 @@ def restore(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    adapters: nn.Module | None = None,
 ) -> Progress:
     """Puts everything back and gives the progress of that moment.
 
@@ -98,6 +104,8 @@ def restore(
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        if adapters is not None:
+            adapters.load_state_dict(state["adapters"])
         if state["scaler"]:  # empty where there is no fp16
             scaler.load_state_dict(state["scaler"])
         random.setstate(state["random"]["python"])

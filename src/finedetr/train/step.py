@@ -15,14 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from finedetr.errors import DivergedError, RunError, UsageError
-from finedetr.records import QueryGroup, Targets
+from finedetr.records import Guidance, QueryGroup, Targets
 from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 
-__all__ = ["Precision", "Source", "StepReport", "Updater", "generator_for", "out_of_memory", "parts_of", "step"]
+__all__ = [
+    "Precision",
+    "Source",
+    "StepReport",
+    "Teaching",
+    "Updater",
+    "generator_for",
+    "out_of_memory",
+    "parts_of",
+    "step",
+]
 
-Source = Callable[[Targets], QueryGroup]
+Source = Callable[[Targets, "Guidance | None"], "QueryGroup | None"]
+Teaching = Callable[[Tensor, Targets], Guidance]
 NOISE = 3  # the stream of random numbers, beside those of the loader
 OVERFLOWS = 50  # so many fp16 steps in a row without finite gradients end a run
 
@@ -34,12 +45,15 @@ def step(
     sources: tuple[Source, ...],
     objective: Objective,
     precision: Precision,
+    teacher: Teaching | None = None,
 ) -> Losses:
-    """One batch, seen by the student beside the query groups of all sources, and judged by the objective."""
-    extra = tuple(source(targets) for source in sources)
+    """One batch, seen by the student beside the query groups of all sources, in the light of what teachers say."""
+    with precision.forward():
+        guidance = teacher(images, targets) if teacher else None
+    extra = tuple(group for source in sources if (group := source(targets, guidance)) is not None)
     with precision.forward():
         output = student(images, extra)
-    return objective(output, targets)
+    return objective(output, targets, guidance)
 
 
 def _cpu_computes_in_bfloat16() -> bool:
@@ -116,6 +130,8 @@ class Updater:
         self.scaler = precision.scaler()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.statistics = Statistics(student)
+        inside = set(student.parameters())
+        self.outside = [p for p in self.parameters if p not in inside]  # adapters, whose gradients DDP does not see
         self.overflows = 0
 
     def __call__(
@@ -126,6 +142,7 @@ class Updater:
         sources: tuple[Source, ...],
         objective: Objective,
         accumulate: int = 1,
+        teacher: Teaching | None = None,
     ) -> StepReport:
         """One update of the weights from one batch, worked off in `accumulate` parts.
 
@@ -140,7 +157,7 @@ class Updater:
         """
         self.statistics.keep()
         try:
-            total, fault = self._backward(parts_of(images, targets, names, accumulate), sources, objective)
+            total, fault = self._backward(parts_of(images, targets, names, accumulate), sources, objective, teacher)
         except torch.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             self.statistics.bring_back()
@@ -151,7 +168,7 @@ class Updater:
             raise out_of_memory(error, len(images)) from error
 
     def _backward(
-        self, parts: tuple[Part, ...], sources: tuple[Source, ...], objective: Objective
+        self, parts: tuple[Part, ...], sources: tuple[Source, ...], objective: Objective, teacher: Teaching | None
     ) -> tuple[dict[str, float], DivergedError | None]:
         """The gradient of all parts. A fault is given, not raised: the other processes wait for this one's gradient."""
         counts = self.world.total([float(len(part.targets)) for part in parts]) if len(parts) > 1 else [1.0]
@@ -161,7 +178,7 @@ class Updater:
         for index, part in enumerate(parts):
             share = max(counts[index], floor) / max(sum(counts), floor) if len(parts) > 1 else 1.0
             with self._no_sync(last=index == len(parts) - 1):
-                losses = step(self.student, part.images, part.targets, sources, objective, self.precision)
+                losses = step(self.student, part.images, part.targets, sources, objective, self.precision, teacher)
                 self.scaler.scale(losses.total * share).backward()
             try:
                 values = losses.by_name(part.names)
@@ -173,6 +190,7 @@ class Updater:
         return total, fault
 
     def _update(self, fault: DivergedError | None, names: tuple[str, ...]) -> float:
+        self.world.average([p.grad for p in self.outside if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         limit = self.clip if self.clip > 0 else float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))

@@ -1,0 +1,222 @@
+"""Teachers: detectors that answer the student's batch, in eval mode, at all stages, without gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finedetr.distill.terms import FeatureDistillation
+from finedetr.errors import ConfigError, DataError
+from finedetr.model.detector import Detector
+from finedetr.records import Guidance, Lesson, Prediction, Targets
+from finedetr.supervise.matching import MatchingPolicy, PerStage
+
+__all__ = ["Adapters", "ClassMap", "Normalization", "Teacher", "Teachers", "build_adapters", "map_classes"]
+
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The teacher's classes in the student's order, matched by name."""
+
+    columns: Int[Tensor, " C"]  # of the teacher, for each class of the student; any where it is unknown
+    known: Bool[Tensor, " C"]
+    missing: tuple[str, ...]  # classes of the student that the teacher does not know
+    unused: tuple[str, ...]  # classes of the teacher that the student does not have
+
+
+def map_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMap | None:
+    """How a teacher's classes become the student's; None where they are the same.
+
+    Raises:
+        DataError: No name is the same, or a name stands twice.
+    """
+    if tuple(student) == tuple(teacher):
+        return None
+    if len(set(student)) < len(student) or len(set(teacher)) < len(teacher):
+        raise DataError(
+            "classes of student and teacher cannot be matched by name: a name stands twice", code="class_names"
+        )
+    place = {name: index for index, name in enumerate(teacher)}
+    missing = tuple(name for name in student if name not in place)
+    if len(missing) == len(student):
+        raise DataError(
+            f"the teacher knows {', '.join(teacher[:4])} ...; the data has {', '.join(student[:4])} ...: "
+            "no name is the same",
+            code="class_names",
+            hint="A teacher has to know at least one class of the data, by the same name.",
+        )
+    columns = torch.tensor([place.get(name, 0) for name in student])
+    known = torch.tensor([name in place for name in student])
+    return ClassMap(columns, known, missing, tuple(name for name in teacher if name not in set(student)))
+
+
+class Teacher:
+    """One teacher.
+
+    Args:
+        detector: Answers; it is put into eval mode and never changed.
+        classes: Where its classes differ from the student's.
+        scale: It sees pictures so many times as large as the student.
+        given: (mean, std) by which the student's pictures are normalized; None: not at all.
+        wanted: Those by which the teacher's were.
+        policy: Matches its answers to the targets.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        classes: ClassMap | None = None,
+        *,
+        scale: float = 1.0,
+        given: Normalization | None = None,
+        wanted: Normalization | None = None,
+        policy: MatchingPolicy | None = None,
+    ) -> None:
+        assert isinstance(detector, Detector)
+        self.detector = detector.eval()
+        self.classes, self.scale, self.given, self.wanted = classes, scale, given, wanted
+        self.policy = policy or PerStage()
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Targets, strength: float = 1.0) -> Lesson:
+        """What it says about a batch."""
+        output = self.detector(self._view(images), all_stages=True)
+        answers, known = self._answers(output.matching), None
+        if self.classes is not None:
+            known = self.classes.known.to(images.device)
+        match = self.policy(answers, targets).labels
+        return Lesson(answers, output.trace, output.memory, match, known, strength)
+
+    def _view(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+        """The pictures as the teacher was trained to see them."""
+        if self.given != self.wanted:
+            for (mean, std), back in ((self.given or _NONE, True), (self.wanted or _NONE, False)):
+                shift, width = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+                images = images * width + shift if back else (images - shift) / width
+        stride = self.detector.config.largest_stride
+        size = tuple(max(stride, round(side * self.scale / stride) * stride) for side in images.shape[-2:])
+        if size == tuple(images.shape[-2:]):
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
+
+    def _answers(self, said: Prediction) -> Prediction:
+        """In fp32, in the student's classes; -inf for those of which the teacher knows nothing."""
+        logits = said.logits.float()
+        if self.classes is not None:
+            known = self.classes.known.to(logits.device)
+            logits = logits[..., self.classes.columns.to(logits.device)].masked_fill(~known, -torch.inf)
+        return replace(said, logits=logits, boxes=said.boxes.float())
+
+
+_NONE: Normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Adapters(nn.Module):
+    """1×1 convolutions that bring the student's maps to the teacher's width: trained along, part of no detector."""
+
+    def __init__(self, widths: dict[tuple[str, int], tuple[int, int]]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleDict(
+            {f"{tap}{level}": nn.Conv2d(here, there, 1) for (tap, level), (here, there) in widths.items()}
+        )
+
+    def forward(self, tap: str, level: int, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
+        """A map as the teacher's; the same where it needs no adapter."""
+        name = f"{tap}{level}"
+        return self.convs[name](x) if name in self.convs else x
+
+
+def build_adapters(terms: Sequence[object], student: Detector, teacher: Detector, scale: float = 1.0) -> Adapters:
+    """What the feature terms of an objective need; empty where nothing is to adapt.
+
+    Raises:
+        ConfigError: Widths differ where a term forbids adapters, or the two have no level in common.
+    """
+    widths: dict[tuple[str, int], tuple[int, int]] = {}
+    for term in terms:
+        if not isinstance(term, FeatureDistillation) or not term.weight or term.teacher != "frozen":
+            continue
+        theirs = {stride / scale: level for level, stride in enumerate(teacher.config.strides)}
+        both = [(here, theirs[stride]) for here, stride in enumerate(student.config.strides) if stride in theirs]
+        if not both:
+            raise ConfigError(
+                f"student and teacher have no level in common: strides {student.config.strides} and "
+                f"{tuple(theirs)} of the student's pictures",
+                hint="Use --objective.FeatureDistillation.weight 0, or another --teaching.scale.",
+            )
+        for here, there in both:
+            narrow, wide = _width(student, term.tap, here), _width(teacher, term.tap, there)
+            if narrow != wide and term.adapter == "none":
+                raise ConfigError(f"maps of {narrow} and {wide} channels cannot be compared without an adapter")
+            if narrow != wide or term.adapter == "conv":
+                widths[term.tap, here] = (narrow, wide)
+    return Adapters(widths)
+
+
+def _width(detector: Detector, tap: str, level: int) -> int:
+    return detector.config.encoder.width if tap == "encoder" else int(detector.backbone.channels[level])
+
+
+@dataclass
+class Teachers:
+    """The teachers of a run, and what belongs to the training because of them.
+
+    Attributes:
+        frozen: Another detector.
+        average: The student's moving average.
+        adapters: Of the frozen teacher's feature terms.
+        seconds: Spent here, over `calls`.
+    """
+
+    frozen: Teacher | None = None
+    average: Teacher | None = None
+    adapters: Adapters | None = None
+    seconds: float = 0.0
+    calls: int = 0
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Targets, strength: float = 1.0) -> Guidance:
+        """What they say about a batch; the average with so much strength, and not at all with none."""
+        begin = self._clock(images)
+        frozen = self.frozen(images, targets) if self.frozen else None
+        if frozen is not None and self.adapters is not None:
+            frozen = replace(frozen, adapt=self.adapters)
+        average = self.average(images, targets, strength) if self.average and strength > 0 else None
+        self.seconds += self._clock(images) - begin
+        self.calls += 1
+        return Guidance((int(images.shape[-2]), int(images.shape[-1])), frozen, average)
+
+    def lines(self) -> list[str]:
+        """Who teaches, for the beginning of a log."""
+        said = []
+        for name, teacher in (("frozen", self.frozen), ("average", self.average)):
+            if teacher is None:
+                continue
+            count = sum(parameter.numel() for parameter in teacher.detector.parameters())
+            said.append(
+                f"teacher: {name}, {teacher.detector.config.name}, {count / 1e6:.1f} M parameters"
+                + (f", {count * 4 / 2**20:.0f} MiB" if name == "frozen" else ", which the run keeps anyway")
+            )
+            if teacher.classes is not None:
+                found = teacher.classes
+                said.append(
+                    f"teacher: classes are matched by name, {int(found.known.sum())} in common"
+                    + (f"; it does not know {', '.join(found.missing)}" if found.missing else "")
+                    + (f"; not used: {', '.join(found.unused)}" if found.unused else "")
+                )
+        return said
+
+    def _clock(self, images: Tensor) -> float:
+        if images.is_cuda and self.calls < _MEASURED:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter()
+
+
+_MEASURED = 20  # calls whose time is true on a GPU; later ones do not wait for it

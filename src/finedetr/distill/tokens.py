@@ -1,0 +1,53 @@
+"""Cells of one pyramid in another: how queries keep their identity between two detectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+__all__ = ["carry", "hit_rate", "slots_of"]
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+def carry(tokens: Int[Tensor, "B Q"], source: Shapes, target: Shapes) -> Int[Tensor, "B Q"]:
+    """The cells of another pyramid at the same places, on the level whose cells are most nearly as large.
+
+    Where both pyramids have a level of the same shape its cells are the same ones, whatever the two models are.
+
+    Args:
+        tokens: Cells of the source, counted level after level, row after row.
+        source: Height and width of its levels.
+        target: Those of the other pyramid, of the same picture.
+    """
+    return tokens if source == target else _table(source, target).to(tokens.device)[tokens]
+
+
+def _table(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
+    """For each cell of the source the cell of the target."""
+    starts = [0]
+    for height, width in target:
+        starts.append(starts[-1] + height * width)
+    parts = []
+    for height, width in source:
+        ratios = [abs(math.log(h * w / (height * width))) for h, w in target]
+        level = ratios.index(min(ratios))
+        h, w = target[level]
+        y = (2 * torch.arange(height) + 1) * h // (2 * height)
+        x = (2 * torch.arange(width) + 1) * w // (2 * width)
+        parts.append((starts[level] + y[:, None] * w + x).flatten())
+    return torch.cat(parts)
+
+
+def slots_of(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> Int[Tensor, "B P"]:
+    """The query that comes from each token, or -1 where none does."""
+    same = tokens[:, :, None] == own[:, None]
+    return torch.where(same.any(-1), same.long().argmax(-1), -1)
+
+
+def hit_rate(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> float:
+    """The share of tokens that one of the own queries comes from."""
+    return float((slots_of(tokens, own) >= 0).float().mean())
