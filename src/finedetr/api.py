@@ -29,7 +29,7 @@ from finedetr.train.loop import Result
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, saved_recipe
 from finedetr.train.session import resume as resume_run
-from finedetr.train.start import read_start
+from finedetr.train.template import read_template
 
 __all__ = ["Model", "TrainedRun", "load", "resume", "train"]
 
@@ -235,10 +235,12 @@ def train(
         TypeError: A setting is unknown; the message suggests the nearest ones.
         FineDETRError: Whatever the command line would say.
     """
-    file = read_start(config) if config is not None else None
+    file = read_template(config) if config is not None else None
     if file is not None:
-        file.refuse([name for name, given in (("model", model), ("with", extras)) if given])
-        weights = file.weights if weights is None else weights
+        file.refuse([name for name, said in (("model", model), ("with", extras)) if said])
+        given = {"weights": weights, "backbone_weights": backbone_weights, "teacher": teacher}
+        before = file.files([name for name, value in given.items() if value is not None])
+        weights, backbone_weights, teacher = (given[name] or before[name] for name in given)
     start = find_weights(weights) if weights is not None else None
     if isinstance(recipe, Recipe):
         made = recipe

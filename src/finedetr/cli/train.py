@@ -18,7 +18,7 @@ from finedetr.recipes import PAPERS, RECIPES, build
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, resume, saved_recipe
-from finedetr.train.start import Start, read_start
+from finedetr.train.template import Template, read_template
 
 MODEL = "dfine-s"  # where neither --model nor --weights says what to train
 
@@ -74,9 +74,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     words = [re.sub(r"^--queries$", "--model.decoder.queries", word) for word in spell(words)]
     changed = [word.removeprefix("--") for word in words if word.startswith("--")]
-    made, start = _base_recipe(words), _start(words, changed)
-    base = start.over(made, changed) if start else made
-    flags = parse(Train, _name_terms(words, base), "finedetr train", _defaults(base, start, changed))
+    made, template = _base_recipe(words), _template(words, changed)
+    base = template.over(made, changed) if template else made
+    flags = parse(Train, _name_terms(words, base), "finedetr train", _defaults(base, template, changed))
     if flags.resume is not None:
         return _resume(flags, words)
     if flags.data is None:
@@ -96,7 +96,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         device=flags.device,
         overwrite=flags.overwrite,
         quiet=flags.quiet,
-        derived=start.derived(changed) if start else (),
+        derived=template.derived(changed) if template else (),
     )
     if flags.dry_run:
         from finedetr.cli.dry import describe
@@ -171,22 +171,22 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
     return replace(made, model=config if model else card.config, size=card.size, mean=card.mean, std=card.std)
 
 
-def _start(words: Sequence[str], changed: Sequence[str]) -> Start | None:
+def _template(words: Sequence[str], changed: Sequence[str]) -> Template | None:
     """What --config gives."""
     path = peek(words, "--config")
     if not path or "resume" in changed:
         return None
-    start = read_start(path[0])
-    start.refuse(changed)
-    return start
+    template = read_template(path[0])
+    template.refuse(changed)
+    return template
 
 
-def _defaults(base: Recipe, start: Start | None, changed: Sequence[str]) -> Train:
+def _defaults(base: Recipe, template: Template | None, changed: Sequence[str]) -> Train:
     """The flags as they are where nothing is said: data and weights of the run that --config names."""
-    if start is None or start.run is None:
+    if template is None or template.run is None:
         return Train(settings=base)
-    data = start.run.get("data")
-    defaults = Train(settings=base, weights=start.weights)
+    data = template.run.get("data")
+    defaults = Train(settings=base, **template.files(changed))  # type: ignore[arg-type]
     if "data" in changed or data is None:
         return defaults
     return replace(

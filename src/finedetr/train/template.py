@@ -12,17 +12,18 @@ from finedetr.errors import ConfigError, UsageError, did_you_mean
 from finedetr.train.config import from_dict, merge
 from finedetr.train.recipe import Recipe
 
-__all__ = ["Start", "read_start"]
+__all__ = ["Template", "read_template"]
 
 FOLLOWS = {"lr": ("batch", "accumulate", "optimizer"), "batch": ("accumulate", "optimizer"), "precision": ("device",)}
 """What a run derives where it is not set, and the flags after which a number of an earlier run is derived anew."""
 
-RUN_KEYS = ("finedetr", "command", "data", "weights", "derived", "recipe")
+FILES = ("weights", "backbone_weights", "teacher")
+RUN_KEYS = ("finedetr", "command", "data", *FILES, "derived", "recipe")
 """Of the document that a run writes."""
 
 
 @dataclass(frozen=True)
-class Start:
+class Template:
     """What a configuration file gives another run to start with."""
 
     path: Path
@@ -37,11 +38,17 @@ class Start:
         model = self.recipe.get("model")
         return ("model",) if isinstance(model, Mapping) and "name" in model else ()
 
-    @property
-    def weights(self) -> Path | None:
-        """What the earlier run started with."""
-        weights = self.run.get("weights") if self.run else None
-        return Path(weights) if weights else None
+    def files(self, given: Collection[str] = ()) -> dict[str, Path | None]:
+        """What the earlier run started with, and who taught it: weights, backbone_weights, teacher.
+
+        Args:
+            given: Names of the flags beside it: one kind of weights takes the place of the other, too.
+        """
+        weights = {"weights", "backbone_weights"}
+        said = {name.replace("-", "_") for name in given} & set(FILES)
+        said |= weights if said & weights else set()
+        found = {name: None if name in said else (self.run or {}).get(name) for name in FILES}
+        return {name: Path(path) if path else None for name, path in found.items()}
 
     def refuse(self, given: Collection[str]) -> None:
         """Lets nobody say twice what the file says as a whole.
@@ -84,7 +91,7 @@ class Start:
         return tuple(name for name in names if not touched & {name, *FOLLOWS.get(name, ())})
 
 
-def read_start(path: str | Path) -> Start:
+def read_template(path: str | Path) -> Template:
     """Reads `--config`: the config.json of a run (or the run's folder), or a recipe or a part of one as JSON.
 
     Raises:
@@ -101,22 +108,22 @@ def read_start(path: str | Path) -> Start:
     if not isinstance(document, Mapping):
         raise ConfigError(f"{file}: a table of a recipe is wanted, {type(document).__name__} came", code="type")
     if "recipe" not in document and "finedetr" not in document:
-        return Start(file, document)
+        return Template(file, document)
     for key in document:
         if key not in RUN_KEYS:
             raise ConfigError(f"{file}: unknown key {key!r}", code="unknown_key", hint=did_you_mean(key, RUN_KEYS))
     if not isinstance(document.get("recipe"), Mapping):
         raise ConfigError(f"{file} has no recipe", code="type", hint="A run writes one; a recipe alone is taken, too.")
-    data, weights, derived = (document.get(key) for key in ("data", "weights", "derived"))
+    data, derived = document.get("data"), document.get("derived")
     for key, kind, fine in (
         (
             "data",
             "a table with a path",
             data is None or (isinstance(data, Mapping) and isinstance(data.get("path"), str)),
         ),
-        ("weights", "a path", weights is None or isinstance(weights, str)),
+        *((name, "a path", document.get(name) is None or isinstance(document[name], str)) for name in FILES),
         ("derived", "a list of names", derived is None or isinstance(derived, list)),
     ):
         if not fine:
             raise ConfigError(f"{file}: {key}: {kind} is wanted, {document[key]!r} came", code="type")
-    return Start(file, document["recipe"], {key: document[key] for key in document if key != "recipe"})
+    return Template(file, document["recipe"], {key: document[key] for key in document if key != "recipe"})

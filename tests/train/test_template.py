@@ -15,7 +15,7 @@ from finedetr.train.config import merge, to_dict
 from finedetr.train.folder import RunFolder
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin, saved_recipe
-from finedetr.train.start import read_start
+from finedetr.train.template import read_template
 from tests.train.small import draw, small_recipe
 
 
@@ -63,7 +63,7 @@ def test_a_runs_configuration_makes_the_same_run(
 def test_a_configuration_without_newer_fields_keeps_its_meaning(run: Path, tmp_path: Path) -> None:
     document = json.loads((run / "config.json").read_text())
     del document["recipe"]["diverged_after"], document["recipe"]["optimizer"]["grouping"]
-    start = read_start(written(tmp_path / "old.json", document))
+    start = read_template(written(tmp_path / "old.json", document))
     assert start.over(Recipe(epochs=999)) == saved_recipe(RunFolder(run))[0]
 
 
@@ -126,7 +126,7 @@ def test_parts_of_the_objective_keep_their_kind_or_change_it() -> None:
 def test_a_mistake_in_the_file_is_an_error_that_says_where(tmp_path: Path, document: object, message: str) -> None:
     path = written(tmp_path / "my.json", document)
     with pytest.raises(ConfigError, match=r"(my\.json|multiples)") as raised:
-        read_start(path).over(Recipe())
+        read_template(path).over(Recipe())
     assert message in str(raised.value)
     assert raised.value.exit == 2
 
@@ -144,3 +144,11 @@ def test_what_cannot_go_together_is_refused(
     (tmp_path / "broken.json").write_text("{")
     assert main(["train", "--data", str(data), "--config", str(tmp_path / "broken.json")]) == 2
     assert "is no JSON" in capsys.readouterr().err
+
+
+def test_one_kind_of_weights_takes_the_place_of_the_other(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"recipe": {}, "backbone_weights": "b0.pth", "teacher": "big"}')
+    template = read_template(tmp_path)
+    assert template.files() == {"weights": None, "backbone_weights": Path("b0.pth"), "teacher": Path("big")}
+    assert template.files(["weights"])["backbone_weights"] is None
+    assert template.files(["teacher"]) == {"weights": None, "backbone_weights": Path("b0.pth"), "teacher": None}
