@@ -29,7 +29,7 @@ from finedetr.train.plan import Plan, epochs_in_time, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
-from finedetr.train.step import Guide, Source, StepReport, generator_for
+from finedetr.train.step import Source, StepReport, Teaching, generator_for
 from finedetr.train.watch import Watch
 
 __all__ = ["Data", "Result", "Run"]
@@ -246,7 +246,7 @@ class Run:
         classes = len(self.data.train.categories)
         return (lambda targets, _: recipe.denoising(targets, classes, generator), *given)
 
-    def _teacher(self) -> Guide | None:
+    def _teacher(self) -> Teaching | None:
         """Who speaks in this step."""
         p, teachers = self.progress, self.student.teachers
         if teachers is None:

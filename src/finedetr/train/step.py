@@ -19,10 +19,10 @@ from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
 
-__all__ = ["Precision", "Source", "StepReport", "Guide", "Updater", "generator_for", "parts_of", "step"]
+__all__ = ["Precision", "Source", "StepReport", "Teaching", "Updater", "generator_for", "parts_of", "step"]
 
 Source = Callable[[Targets, "Guidance | None"], "QueryGroup | None"]
-Guide = Callable[[Tensor, Targets], Guidance]
+Teaching = Callable[[Tensor, Targets], Guidance]
 NOISE = 3  # the stream of random numbers, beside those of the loader
 OVERFLOWS = 50  # so many fp16 steps in a row without finite gradients end a run
 
@@ -34,7 +34,7 @@ def step(
     sources: tuple[Source, ...],
     objective: Objective,
     precision: Precision,
-    teacher: Guide | None = None,
+    teacher: Teaching | None = None,
 ) -> Losses:
     """One batch, seen by the student beside the query groups of all sources, in the light of what teachers say."""
     with precision.forward():
@@ -130,7 +130,7 @@ class Updater:
         sources: tuple[Source, ...],
         objective: Objective,
         accumulate: int = 1,
-        teacher: Guide | None = None,
+        teacher: Teaching | None = None,
     ) -> StepReport:
         """One update of the weights from one batch, worked off in `accumulate` parts.
 
