@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from finedetr.distill.teachers import Teacher
 from finedetr.model.config import DecoderConfig, ModelConfig
 from finedetr.model.detector import Detector
+from finedetr.model.weights import Card, save_weights
 from finedetr.records import Guidance, Lesson, Output, Supervision, Targets
 from finedetr.supervise.matching import MatchingPolicy, UnionOfStages
 from finedetr.supervise.objective import Objective
@@ -26,6 +28,7 @@ WIDE = replace(
     decoder=DecoderConfig(32, 32, 3, 2, (2, 2), 20, scale=8.0),
 )
 PLAIN = TINY_RTDETR
+NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 
 
 @lru_cache(maxsize=16)
@@ -77,3 +80,9 @@ def supervision(
 def judge(output: Output, targets: Targets, taught: Lesson, policy: MatchingPolicy | None = None) -> Supervision:
     objective = Objective((BoxL1(),), policy or UnionOfStages())
     return objective.supervise(output, targets, Guidance((64, 64), taught, taught))[0][2]
+
+
+def weights_of(folder: Path, config: ModelConfig = WIDE, names: tuple[str, ...] = NAMES) -> Path:
+    torch.manual_seed(3)
+    card = Card(config, names, tuple(range(len(names))), (64, 64))
+    return save_weights(folder / "teacher.safetensors", Detector(config, len(names)), card)

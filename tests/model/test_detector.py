@@ -86,6 +86,23 @@ def test_stages_are_named_and_edges_belong_to_the_layers() -> None:
     assert matching.edges.logits.shape == (2, 2, 20, 4, 33)
 
 
+def test_only_who_asks_for_all_stages_gets_the_trace() -> None:
+    detector = tiny().eval()
+    images = torch.rand(1, 3, 64, 96)
+    assert detector(images).trace is None
+    trace = detector(images, all_stages=True).trace
+    assert trace.shapes == ((4, 6), (2, 3))
+    assert trace.states.shape == (2, 1, 20, 32)
+    chosen = detector.selection.content(trace.embedded * 0 + 1, trace.shapes, trace.tokens)
+    assert chosen.shape == (1, 20, 32)
+    memory = torch.rand(1, 30, 32)
+    queries = detector.selection(memory, trace.shapes)
+    assert torch.equal(detector.selection.content(memory, trace.shapes, queries.tokens), queries.content)
+    training = detector.train()(images).trace
+    assert training.states is None
+    assert training.embedded is None
+
+
 def test_eval_answers_the_last_of_all_stages() -> None:
     detector = tiny().eval()
     images = torch.rand(2, 3, 64, 96)

@@ -12,7 +12,7 @@ from finedetr.errors import ConfigError, DivergedError
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
-from finedetr.records import Output, Prediction, Targets
+from finedetr.records import Guidance, Lesson, Output, Prediction, Targets, Trace
 from finedetr.supervise.denoising import Denoising
 from finedetr.supervise.matching import PerStage, QualityCost, UnionOfStages
 from finedetr.supervise.objective import Objective, average_counts
@@ -161,13 +161,15 @@ class Agreement(Term):
     """A term of a reader's own, as the documentation would show it."""
 
     def __call__(self, s):
-        return (s.answers.logits - s.teacher.logits).square().mean((1, 2, 3))
+        return (s.answers.logits - s.guidance.frozen.answers.logits).square().mean((1, 2, 3))
 
 
 def test_a_new_term_needs_no_more_than_a_call_and_may_ask_a_teacher() -> None:
     output, targets = judged()
     matching = Output(output.matching)
-    teacher = Prediction(output.matching.logits.detach() + 1, output.matching.boxes.detach(), STAGES)
-    losses = Objective((Agreement(weight=3.0),))(matching, targets, teacher)
+    said = Prediction(output.matching.logits.detach() + 1, output.matching.boxes.detach(), STAGES)
+    cells = Trace(((3, 4),), torch.arange(12).expand(3, 12), said.boxes[0], ())
+    teacher = Lesson(said, cells, (), UnionOfStages()(said, targets).labels)
+    losses = Objective((Agreement(weight=3.0),))(matching, targets, Guidance((64, 64), teacher))
     assert losses.names[0] == "matching/encoder/Agreement"
     assert losses.vector.tolist() == pytest.approx([3.0] * 5)

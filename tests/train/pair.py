@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from finedetr.recipes import PAPERS
 from finedetr.supervise.terms import LocalizationDistillation
 from finedetr.train.distributed import open_world
 from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter
 from finedetr.train.loop import Run
+from finedetr.train.recipe import Teaching
 from finedetr.train.session import open_data
+from tests.distill.small import weights_of
 from tests.train.small import small_recipe
 
 
@@ -30,11 +33,16 @@ def main(data: str, out: str, batch: str, case: str) -> None:
         # the balance of matched and unmatched queries is each process's own, as published
         objective = recipe.objective.without(LocalizationDistillation)
         recipe = replace(recipe, denoise=False, objective=objective)
+    if case == "teachers":
+        recipe = replace(recipe, teaching=Teaching(start=0.0, ramp=0.0))
+        recipe = PAPERS["od-detr"](PAPERS["detrdistill"](recipe))
     with open_world("cpu") as world, Reporter(quiet=True) as reporter:
         folder = RunFolder(Path(out) / f"rank{world.rank}of{world.size}")
         folder.root.mkdir(parents=True)
         folder.write_json(folder.config, {})
-        run = Run(recipe, replace(open_data(Path(data)), val=None), folder, world, reporter)
+        opened = replace(open_data(Path(data)), val=None)
+        teacher = weights_of(folder.root, names=opened.train.categories.names) if case == "teachers" else None
+        run = Run(recipe, opened, folder, world, reporter, teacher=teacher)
         if case == "poisoned" and world.rank == world.size - 1:
             _poison(run)
         norms = tuple(m for m in run.student.detector.modules() if isinstance(m, nn.BatchNorm2d))
@@ -43,6 +51,8 @@ def main(data: str, out: str, batch: str, case: str) -> None:
         run._tell = lambda report, rate, batch: losses.append(report.losses)  # type: ignore[method-assign]
         run.train()
         state: dict[str, Any] = {"losses": losses, "model": run.student.detector.state_dict()}
+        if run.student.adapters is not None:
+            state["model"] |= run.student.adapters.state_dict()
         torch.save(state, Path(out) / f"{case}-{world.size}-{world.rank}.pt")
 
 

@@ -60,6 +60,19 @@ def test_two_processes_train_as_one_with_the_whole_batch(data: Path, alone: dict
         assert torch.equal(value, both[1]["model"][name]), f"{name} differs between the processes"
 
 
+def test_two_processes_hear_their_teachers_as_one(data: Path, tmp_path: Path) -> None:
+    one, both = (pair(count, data, tmp_path, 4, "teachers") for count in (1, 2))
+    assert any("LogitsDistillation" in name for name in one[0]["losses"][0])
+    for name, value in one[0]["losses"][0].items():
+        mean = sum(state["losses"][0][name] for state in both) / 2
+        assert mean == pytest.approx(value, rel=2e-4, abs=1e-5), name
+    # later steps drift: Adam takes a rounding error of a small gradient for a gradient
+    totals = [[sum(step.values()) for step in state["losses"]] for state in (*one, *both)]
+    assert [(a + b) / 2 for a, b in zip(*totals[1:], strict=True)] == pytest.approx(totals[0], rel=5e-3)
+    for name, value in both[0]["model"].items():
+        assert torch.equal(value, both[1]["model"][name]), f"{name} differs between the processes"
+
+
 def test_a_process_without_any_target_does_not_hang(tmp_path: Path) -> None:
     data = draw(tmp_path / "data", train=2)
     path = data / "annotations" / "instances_train.json"

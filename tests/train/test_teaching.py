@@ -14,9 +14,8 @@ from safetensors import safe_open
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
 from finedetr.errors import Interrupted, UsageError
-from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.weights import Card, load_weights, save_weights
+from finedetr.model.weights import load_weights
 from finedetr.recipes import PAPERS, build
 from finedetr.recipes.deim import deim
 from finedetr.recipes.rtdetrv2 import rtdetrv2
@@ -28,7 +27,7 @@ from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.folder import RunFolder
 from finedetr.train.recipe import Recipe, Teaching
 from finedetr.train.session import Request, begin, resume
-from tests.distill.small import WIDE
+from tests.distill.small import weights_of
 from tests.model.test_rtdetrv2 import TINY_RTDETR
 from tests.train.small import draw, small_recipe
 
@@ -39,18 +38,11 @@ AVERAGE = {
     "auxiliary/layer1/BoxGIoU",
     "auxiliary/layer0/MatchabilityAware",
 }
-NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("data"), train=8, val=2)
-
-
-def weights_of(folder: Path, config: ModelConfig = WIDE, names: tuple[str, ...] = NAMES) -> Path:
-    torch.manual_seed(3)
-    card = Card(config, names, tuple(range(len(names))), (64, 64))
-    return save_weights(folder / "teacher.safetensors", Detector(config, len(names)), card)
 
 
 @pytest.fixture(scope="module")
