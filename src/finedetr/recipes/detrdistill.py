@@ -19,7 +19,7 @@ def detrdistill(base: Recipe) -> Recipe:
     student as cells of its own pyramid. The weight of the features makes them about a tenth of the whole.
 
     Command: `finedetr train --data pictures/ --model dfine-n --teacher runs/large`.
-    Time: the teacher's forward pass, and 5 to 15 % of a step (LOG.md).
+    Time: the teacher's forward pass, and less than 15 % of a step (LOG.md).
     Expect (published, COCO): Deformable DETR R50 44.1 -> 46.6, Conditional DETR R50 40.7 -> 42.9; of the parts, on
     AdaMixer, logits +1.4, features +1.2, query prior +0.6. On drawn pictures: see LOG.md. Not checked by us on COCO.
     """
