@@ -205,6 +205,7 @@ class QueryGroup:
     """Queries from outside the detector, for training only; they attend to one another and to the image.
 
     Exactly one of `content` and `labels` is given: `labels` are class indices (C = padding) that the detector embeds.
+    `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR).
     `assignment` is stage-free: its pairs hold at every stage and `stage` is all zero with a count of length 1.
     """
 
@@ -217,11 +218,16 @@ class QueryGroup:
     taught: Prediction | None = None  # what a teacher answered to these very queries
     sees_matching: bool = False
     weight: float = 1.0  # 0: keeps every parameter in the graph and teaches nothing (a batch without targets)
+    positions: Float[Tensor, "B Q D"] | None = None
+    agnostic: bool = False  # classes do not count: every target is of class 0
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """All that the detector answers. In eval `groups` is empty and `matching` has the final stage only."""
+    """All that the detector answers. In eval `groups` is empty and `matching` has the final stage only.
+
+    In training `groups` holds those that came from outside, and the proposals of a detector in two stages.
+    """
 
     matching: Prediction
     groups: tuple[tuple[QueryGroup, Prediction], ...] = ()

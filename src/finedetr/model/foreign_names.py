@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from finedetr.model.classic_names import BACKBONES, FILES, classic_rules, is_classic
 from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
@@ -161,11 +162,14 @@ def _rename(key: str, rules: Rules) -> str:
 
 def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
-    rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
-    rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
-    name = _rename(key, rules + _TO_TRANSFORMERS)
-    if ".self_attn.qk." in name:
-        return tuple(name.replace(".self_attn.qk.", f".self_attn.{part}_proj.") for part in ("q", "k"))
+    if is_classic(config):
+        name = _rename(key, classic_rules(config))
+    else:
+        rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
+        rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
+        name = _rename(key, rules + _TO_TRANSFORMERS)
+    if found := re.search(r"\.self_attn\.qk(\w*)\.", name):
+        return tuple(name.replace(found[0], f".self_attn.{part}{found[1]}_proj.") for part in ("q", "k"))
     return (name.replace(".self_attn.v.", ".self_attn.v_proj."),)
 
 
@@ -197,7 +201,9 @@ def _backbone_rules(name: str) -> Rules:
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
     """A tensor of a file, by its new or its old spelling; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
-    for spelling in (name, _rename(name, _OLD_SPELLINGS)):
+    old, file = _rename(name, _OLD_SPELLINGS), _rename(name, FILES)
+    tied = name.removeprefix("model.decoder.")
+    for spelling in (name, old, file, _rename(file, BACKBONES), _rename(name, BACKBONES), tied):
         if spelling in given:
             tensor = given[spelling]
             if part:

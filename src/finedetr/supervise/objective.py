@@ -137,13 +137,15 @@ class Objective:
         answers = [_as_float(output.matching), *(_as_float(answer) for _, answer in output.groups)]
         groups = [group for group, _ in output.groups]
         policies = [self.policy, *(self._policy_of(group) for group in groups)]
-        matches = average_counts([policy(answer, targets) for policy, answer in zip(policies, answers, strict=True)])
+        truths = [targets, *(_targets_of(group, targets) for group in groups)]
+        judged = zip(policies, answers, truths, strict=True)
+        matches = average_counts([policy(answer, truth) for policy, answer, truth in judged])
         matching = Supervision(answers[0], matches[0], targets, teacher)
         return [
             ("matching", 1.0, matching),
             *(
-                (group.name, group.weight, Supervision(answer, match, targets, group.taught, matching))
-                for group, answer, match in zip(groups, answers[1:], matches[1:], strict=True)
+                (group.name, group.weight, Supervision(answer, match, truth, group.taught, matching))
+                for group, answer, match, truth in zip(groups, answers[1:], matches[1:], truths[1:], strict=True)
             ),
         ]
 
@@ -202,6 +204,11 @@ def average_counts(matches: list[Match]) -> list[Match]:
         shared = own if match.boxes is match.labels else replace(match.boxes, count=boxes)
         result.append(Match(own, shared))
     return result
+
+
+def _targets_of(group: QueryGroup, targets: Targets) -> Targets:
+    """What a group is held to."""
+    return replace(targets, labels=torch.zeros_like(targets.labels)) if group.agnostic else targets
 
 
 def _as_float(answers: Prediction) -> Prediction:
