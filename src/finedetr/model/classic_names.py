@@ -42,6 +42,8 @@ _DECODER: Rules = (
     (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
     (r"\.cross_attention\.", ".encoder_attn."),
     (r"\.self_attention\.", ".self_attn."),
+    (r"\.self_attn\.qk\.", ".self_attn.{q|k}_proj."),
+    (r"\.self_attn\.v\.", ".self_attn.v_proj."),
 )
 _DEFORMABLE: Rules = (
     (r"^selection\.point\.layers\.0\.", "model.reference_points."),
@@ -54,14 +56,37 @@ _CONDITIONAL: Rules = (
     (r"^decoder\.score_heads\.0\.", "class_labels_classifier."),
     (r"^decoder\.box_heads\.0\.", "bbox_predictor."),
     (r"attn\.out\.", "attn.o_proj."),
-    (r"decoder(\.layers\.\d+\.self_attn)\.qk\.", r"decoder\1.qk_content."),
-    (r"self_attn\.position\.", "self_attn.qk_pos."),
+    (r"decoder(\.layers\.\d+\.self_attn)\.\{q\|k\}_proj\.", r"decoder\1.{q|k}_content_proj."),
+    (r"self_attn\.position\.", "self_attn.{q|k}_pos_proj."),
     (r"encoder_attn\.query\.", "encoder_attn.q_content_proj."),
     (r"encoder_attn\.key\.", "encoder_attn.k_content_proj."),
     (r"encoder_attn\.value\.", "encoder_attn.v_proj."),
     (r"encoder_attn\.query_position\.", "encoder_attn.q_pos_proj."),
     (r"encoder_attn\.key_position\.", "encoder_attn.k_pos_proj."),
     (r"encoder_attn\.spatial\.", "encoder_attn.q_pos_sine_proj."),
+)
+_DAB: Rules = (
+    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
+    (r"^decoder\.score_heads\.0\.", "class_embed."),
+    (r"^decoder\.box_heads\.0\.", "bbox_predictor."),
+    (r"encoder(\.layers\.\d+)\.mlp\.", r"encoder\1."),
+    (r"(layers\.\d+)\.act\.", r"\1.activation_fn."),
+    (r"decoder(\.layers\.\d+)\.activation_fn\.", r"decoder\1.mlp.activation_fn."),
+    (r"encoder(\.layers\.\d+)\.self_attention\.qk\.", r"encoder\1.self_attn.{q|k}_proj."),
+    (r"encoder(\.layers\.\d+)\.self_attention\.v\.", r"encoder\1.self_attn.v_proj."),
+    (r"encoder(\.layers\.\d+)\.self_attention\.out\.", r"encoder\1.self_attn.out_proj."),
+    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn.self_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.cross_attn.cross_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.mlp.final_layer_norm."),
+    (r"\.self_attention\.qk\.", ".self_attn.self_attn_{query|key}_content_proj."),
+    (r"\.self_attention\.position\.", ".self_attn.self_attn_{query|key}_pos_proj."),
+    (r"\.self_attention\.v\.", ".self_attn.self_attn_value_proj."),
+    (r"\.self_attention\.out\.", ".self_attn.self_attn.output_proj."),
+    (r"\.cross_attention\.out\.", ".cross_attn.cross_attn.output_proj."),
+    (r"\.cross_attention\.(query|key)\.", r".cross_attn.cross_attn_\1_content_proj."),
+    (r"\.cross_attention\.(query|key)_position\.", r".cross_attn.cross_attn_\1_pos_proj."),
+    (r"\.cross_attention\.value\.", ".cross_attn.cross_attn_value_proj."),
+    (r"\.cross_attention\.spatial\.", ".cross_attn.cross_attn_query_pos_sine_proj."),
 )
 FILES: Rules = (  # what save_pretrained writes
     (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
@@ -107,7 +132,9 @@ def is_classic(config: ModelConfig) -> bool:
 
 
 def classic_rules(config: ModelConfig) -> Rules:
-    """Renamings from our names to those that transformers has in memory, in order; `qk` still stands for two."""
+    """Renamings from our names to those that transformers has in memory, in order; "{q|k}" stands for two of them."""
+    if config.decoder.source == "anchors":
+        return _BACKBONE + _SHARED + _DAB
     if config.decoder.attention == "conditional":
         return _BACKBONE + _SHARED + _DECODER + _CONDITIONAL
     # heads are tied to the decoder's where boxes are refined; the one behind the layers is the encoder's

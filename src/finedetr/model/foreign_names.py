@@ -164,12 +164,13 @@ def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
     if is_classic(config):
         name = _rename(key, classic_rules(config))
-    else:
-        rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
-        rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
-        name = _rename(key, rules + _TO_TRANSFORMERS)
-    if found := re.search(r"\.self_attn\.qk(\w*)\.", name):
-        return tuple(name.replace(found[0], f".self_attn.{part}{found[1]}_proj.") for part in ("q", "k"))
+        found = re.search(r"\{(\w+)\|(\w+)\}", name)
+        return (name,) if found is None else tuple(name.replace(found[0], part) for part in found.groups())
+    rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
+    rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
+    name = _rename(key, rules + _TO_TRANSFORMERS)
+    if ".self_attn.qk." in name:
+        return tuple(name.replace(".self_attn.qk.", f".self_attn.{part}_proj.") for part in ("q", "k"))
     return (name.replace(".self_attn.v.", ".self_attn.v_proj."),)
 
 
