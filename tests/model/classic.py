@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from finedetr.model.config import BackboneConfig, ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign_names import transformers_names
-from finedetr.model.resnet import RESNETS
+from finedetr.model.resnet import RESNETS, ResNetTable
 from finedetr.model.zoo import variant
 from tests.model.oracle import randomize
 
 CLASSES = 5
+RESNETS["tiny"] = ResNetTable((1, 1, 1, 2), bottleneck=False, plain=True)
 
 
 def small(name: str, *, layers: int = 3, queries: int = 7, **decoder: Any) -> ModelConfig:
@@ -24,7 +25,7 @@ def small(name: str, *, layers: int = 3, queries: int = 7, **decoder: Any) -> Mo
     return replace(
         row,
         name=f"small-{name}",
-        backbone=replace(row.backbone, name="resnet18"),
+        backbone=replace(row.backbone, name="tiny"),
         encoder=replace(row.encoder, width=64, feedforward=32, layers=2, heads=4),
         decoder=replace(row.decoder, width=64, feedforward=48, layers=layers, heads=4, queries=queries, **decoder),
     )

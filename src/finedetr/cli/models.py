@@ -36,6 +36,16 @@ PUBLISHED = {  # COCO val2017 AP of the papers, COCO training only (spec section
     "deim-rtdetrv2-r50-m": 53.2,
     "deim-rtdetrv2-r50": 54.3,
     "deim-rtdetrv2-r101": 55.5,
+    "conditional-detr-r50": 41.0,
+    "conditional-detr-r50-dc5": 43.8,
+    "dab-detr-r50": 42.2,
+    "deformable-detr-r50": 44.5,
+    "deformable-detr-r50-refine": 46.2,
+    "deformable-detr-r50-two-stage": 46.9,
+    "deformable-detr-r50-single": 39.4,
+    "deformable-detr-r50-single-dc5": 41.5,
+    "dino-r50": 49.0,
+    "dino-r50-5scale": 49.4,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finedetr.model.config import ModelConfig
 
-__all__ = ["BACKBONES", "FILES", "classic_rules", "is_classic"]
+__all__ = ["BACKBONES", "FILES", "classic_rules"]
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -124,11 +124,6 @@ BACKBONES: Rules = (  # where the backbone is timm's, as in the published files;
         )
     ),
 )
-
-
-def is_classic(config: ModelConfig) -> bool:
-    """Whether a model is one of the classic DETRs, not of the real-time family."""
-    return config.encoder.fusion in ("single", "deformable")
 
 
 def classic_rules(config: ModelConfig) -> Rules:

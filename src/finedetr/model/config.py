@@ -128,6 +128,11 @@ class ModelConfig:
         return self.strides[-1] if self.encoder.fusion == "lite" else self._backbone_strides[-1]
 
     @property
+    def classic(self) -> bool:
+        """Whether it is one of the hosts before the real-time family: Conditional, Deformable and DAB-DETR, DINO."""
+        return self.encoder.fusion in ("single", "deformable")
+
+    @property
     def _backbone_strides(self) -> tuple[int, ...]:
         dilated = self.backbone.dilated
         return tuple(16 if dilated and stage == 3 else 4 * 2**stage for stage in self.backbone.stages)

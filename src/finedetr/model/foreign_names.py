@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from finedetr.model.classic_names import BACKBONES, FILES, classic_rules, is_classic
+from finedetr.model.classic_names import BACKBONES, FILES, classic_rules
 from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
@@ -162,7 +162,7 @@ def _rename(key: str, rules: Rules) -> str:
 
 def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
-    if is_classic(config):
+    if config.classic:
         name = _rename(key, classic_rules(config))
         found = re.search(r"\{(\w+)\|(\w+)\}", name)
         return (name,) if found is None else tuple(name.replace(found[0], part) for part in found.groups())

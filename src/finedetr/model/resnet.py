@@ -39,7 +39,6 @@ RESNETS: dict[str, ResNetTable] = {
     "R34": ResNetTable((3, 4, 6, 3), bottleneck=False),
     "R50": ResNetTable((3, 4, 6, 3), bottleneck=True),
     "R101": ResNetTable((3, 4, 23, 3), bottleneck=True),
-    "resnet18": ResNetTable((2, 2, 2, 2), bottleneck=False, plain=True),
     "resnet50": ResNetTable((3, 4, 6, 3), bottleneck=True, plain=True),
     "resnet101": ResNetTable((3, 4, 23, 3), bottleneck=True, plain=True),
 }

@@ -69,6 +69,7 @@ def build_student(recipe: Recipe, plan: Plan, names: tuple[str, ...], world: Wor
         lr=recipe.lr or options.lr,
         weight_decay=options.weight_decay,
         backbone=options.backbone,
+        aim=options.aim,
         grouping=options.grouping,
     )
     optimizer = adamw(groups, options.betas)
