@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -199,12 +200,18 @@ def _backbone_rules(name: str) -> Rules:
     return _VIT_TO_OFFICIAL + (_GATED_VIT_TO_OFFICIAL if vit.gated else ()) + ((r"^backbone\.vit\.", inside),)
 
 
+@lru_cache(maxsize=65536)  # every row of the table asks for much the same names
+def _spellings(name: str) -> tuple[str, ...]:
+    """All ways in which files of transformers spell a name that it has in memory."""
+    file = _rename(name, FILES)
+    timm = (_rename(file, BACKBONES), _rename(name, BACKBONES)) if name.startswith("model.backbone.") else ()
+    return (name, _rename(name, _OLD_SPELLINGS), file, *timm, name.removeprefix("model.decoder."))
+
+
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
     """A tensor of a file, by its new or its old spelling; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
-    old, file = _rename(name, _OLD_SPELLINGS), _rename(name, FILES)
-    tied = name.removeprefix("model.decoder.")
-    for spelling in (name, old, file, _rename(file, BACKBONES), _rename(name, BACKBONES), tied):
+    for spelling in _spellings(name):
         if spelling in given:
             tensor = given[spelling]
             if part:
