@@ -230,6 +230,7 @@ class QueryGroup:
 
     Exactly one of `content`, `labels` and `tokens` is given: `labels` are class indices (C = padding) that the detector
     embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own.
+    `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR).
     `assignment` is stage-free (its pairs hold at every stage, `stage` is all zero with a count of length 1), or has the
     stages of the group's answers.
     """
@@ -245,6 +246,8 @@ class QueryGroup:
     by_targets: bool = True  # False: only what a teacher answered judges the group
     sees_matching: bool = False
     weight: float = 1.0  # 0: keeps every parameter in the graph and teaches nothing (a batch without targets)
+    positions: Float[Tensor, "B Q D"] | None = None
+    agnostic: bool = False  # classes do not count: every target is of class 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,10 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """All that the detector answers. In eval `groups` is empty and `matching` has the final stage only."""
+    """All that the detector answers. In eval `groups` is empty and `matching` has the final stage only.
+
+    In training `groups` holds those that came from outside, and the proposals of a detector in two stages.
+    """
 
     matching: Prediction
     groups: tuple[tuple[QueryGroup, Prediction], ...] = ()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finedetr.errors import ConfigError
-from finedetr.train.schedule import FlatCosine, WarmupConstant, apply_rate
+from finedetr.train.schedule import Drop, FlatCosine, WarmupConstant, apply_rate
 
 GOLDEN = FlatCosine(total=5800, warmup=200, flat=2900, plain=800, gamma=0.5)  # spec 4.1
 
@@ -64,3 +64,9 @@ def test_every_group_keeps_its_own_rate() -> None:
     assert apply_rate(optimizer, 0.5) == 0.5
     assert apply_rate(optimizer, 0.25) == 0.25
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.025]
+
+
+def test_a_drop_comes_once_and_stays() -> None:
+    curve = Drop(at=10, gamma=0.1, warmup=4)
+    assert [curve.factor(i) for i in (1, 4, 10, 11, 99)] == [0.25, 1.0, 1.0, 0.1, 0.1]
+    assert Drop(at=0).factor(1) == 0.1

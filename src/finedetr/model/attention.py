@@ -20,16 +20,23 @@ class SelfAttention(nn.Module):
     """Multi-head attention with positions on queries and keys only; no attention map is ever materialized.
 
     `qk` and `v` are the two parts of the usual joint input projection: queries and keys read x + positions, values x.
+
+    Args:
+        width: D.
+        heads: Number of heads.
+        separate: Positions have a projection of their own (Conditional DETR).
+        dropout: Of the attention, in training.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, separate: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qk = nn.Linear(width, 2 * width)
         self.v = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
+        self.position = nn.Linear(width, 2 * width) if separate else None
         bound = math.sqrt(6 / (4 * width))  # xavier_uniform of the joint [3·width, width] projection
-        for layer in (self.qk, self.v):
+        for layer in (self.qk, self.v, *((self.position,) if self.position is not None else ())):
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.out.bias)
@@ -48,35 +55,35 @@ class SelfAttention(nn.Module):
             blocked: For the first E tokens (extra query groups): True where the row must not see the column. The
                 remaining tokens see one another and none of the first E, always; None: E is 0.
         """
+        joint = self.qk(x + positions) if self.position is None else self.qk(x) + self.position(positions)
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (*self.qk(x + positions).chunk(2, dim=-1), self.v(x))
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (*joint.chunk(2, dim=-1), self.v(x))
         )
-        seen = attend(q, k, v, blocked)
+        seen = attend(q, k, v, blocked, self.dropout if self.training else 0.0)
         out: Tensor = self.out(seen.transpose(1, 2).flatten(2).to(x.dtype))
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """[B, heads, N, D/heads], with the first E tokens seeing what `blocked` leaves them."""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # in bfloat16 the backward pass of this one operation is three times slower there
         with torch.autocast("cpu", enabled=False):
-            return _attend(q.float(), k.float(), v.float(), blocked)
-    return _attend(q, k, v, blocked)
+            return _attend(q.float(), k.float(), v.float(), blocked, dropout)
+    return _attend(q, k, v, blocked, dropout)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None, dropout: float) -> Tensor:
     if blocked is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     extra = blocked.shape[-2]
     if blocked.dim() == 3:
         blocked = blocked[:, None]  # of each picture, the same for all heads
     # two calls, so that no number of an extra group can touch the matching queries, not even by rounding
     return torch.cat(
         (
-            F.scaled_dot_product_attention(q[:, :, :extra], k, v, attn_mask=~blocked),
-            F.scaled_dot_product_attention(q[:, :, extra:], k[:, :, extra:], v[:, :, extra:]),
+            F.scaled_dot_product_attention(q[:, :, :extra], k, v, attn_mask=~blocked, dropout_p=dropout),
+            F.scaled_dot_product_attention(q[:, :, extra:], k[:, :, extra:], v[:, :, extra:], dropout_p=dropout),
         ),
         dim=2,
     )
@@ -207,9 +214,10 @@ def _row_products(bounds: Tensor, columns: Tensor, left: Tensor, right: Tensor) 
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., 2021; D-FINE, spec 1.4 step 2: without projections).
 
-    Each head samples `points[l]` places of level l around the reference box and adds them with softmax weights over
-    all points of all levels. A place is read between its four cells, or (`discrete`, RT-DETRv2's "dsp", for runtimes
-    without GridSample) at one cell; its offsets then have no gradient and stay what they are.
+    Each head samples `points[l]` places of level l around the reference and adds them with softmax weights over all
+    points of all levels. Offsets are in units of the reference box, or of a level's cells where it is a point. A place
+    is read between its four cells, or (`discrete`, RT-DETRv2's "dsp", for runtimes without GridSample) at one cell; its
+    offsets then have no gradient and stay what they are.
     """
 
     reach: Tensor
@@ -248,18 +256,22 @@ class DeformableAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        boxes: Float[Tensor, "B N 4"],
+        references: Float[Tensor, "*B N R"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
     ) -> Float[Tensor, "B N D"]:
-        """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1])."""
+        """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1]) or points (x, y)."""
         batch, queries, _ = x.shape
         if self.value is not None:
             project = self.value
             memory = tuple(project(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for level in memory)
         offsets = self.sampling_offsets(x).view(batch, queries, self.heads, -1, 2).float()
         weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
-        boxes = boxes[:, :, None, None]
-        places = boxes[..., :2] + offsets * self.reach * boxes[..., 2:]  # [B, N, heads, P, 2]
+        references = references[..., None, None, :]
+        if references.shape[-1] == 4:
+            moved = offsets * self.reach * references[..., 2:]
+        else:
+            moved = offsets * self._cells(memory, offsets)
+        places = references[..., :2] + moved  # [B, N, heads, P, 2]
         if self.discrete:
             seen = self._sum_of_cells(places, weights, memory)
         elif x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -268,6 +280,11 @@ class DeformableAttention(nn.Module):
             seen = self._sum_of_samples(places, weights, memory)
         seen = seen.to(x.dtype)
         return seen if self.out is None else self.out(seen)
+
+    def _cells(self, memory: tuple[Tensor, ...], like: Tensor) -> Float[Tensor, "P 2"]:
+        """Width and height of a cell of each point's level."""
+        sizes = [(1 / level.shape[-1], 1 / level.shape[-2]) for level in memory]
+        return like.new_tensor([size for size, count in zip(sizes, self.points, strict=True) for _ in range(count)])
 
     def _sum_of_corners(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """For the CPU: a sparse product."""

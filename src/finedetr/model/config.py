@@ -7,10 +7,21 @@ from typing import Literal
 
 from finedetr.errors import ConfigError
 
-__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "Fusion", "ModelConfig"]
+__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "Fusion", "ModelConfig", "Source"]
 
-Fusion = Literal["elan", "csp", "sum-elan4", "sum-elan5", "lite"]
-"""How two levels are joined: D-FINE's blocks, RT-DETR's, DEIMv2's two on sums, or without attention (`LiteEncoder`)."""
+Fusion = Literal["elan", "csp", "sum-elan4", "sum-elan5", "lite", "single", "deformable"]
+"""How two levels are joined: D-FINE's blocks, RT-DETR's, DEIMv2's two on sums, or without attention (`LiteEncoder`).
+
+In the classic DETRs there is a single level, or the levels look at one another by deformable attention.
+"""
+
+Source = Literal["tokens", "points", "anchors", "proposals", "mixed"]
+"""Where queries come from.
+
+tokens: the best tokens are content and boxes (RT-DETR family). points: learned content, position and point (Conditional
+DETR, Deformable DETR). anchors: learned content and boxes (DAB-DETR). proposals: the boxes of the best tokens, from
+which content and position are made (Deformable DETR in two stages). mixed: these boxes, learned content (DINO).
+"""
 
 
 @dataclass(frozen=True)
@@ -22,11 +33,13 @@ class BackboneConfig:
     stages: tuple[int, ...] = (1, 2, 3)  # indices of the returned stages, strides 4·2^i
     freeze_stem: bool = False
     freeze_norm: bool = False
+    freeze_stages: int = 0  # first stages that are not trained
+    dilated: bool = False  # the last stage keeps its size and looks further apart instead (DC5)
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The hybrid encoder of the RT-DETR family, or the lite one of DEIMv2's smallest sizes."""
+    """The hybrid encoder of the RT-DETR family, the lite one of DEIMv2's smallest sizes, or a classic transformer."""
 
     width: int = 256  # h
     feedforward: int = 1024
@@ -35,13 +48,20 @@ class EncoderConfig:
     layers: int = 1  # of the transformer on the coarsest level
     heads: int = 8
     fusion: Fusion = "elan"
+    extra_levels: int = 0  # deformable: levels made of the coarsest map by convolutions of stride 2
+    temperature: float = 10000.0  # of the cells' sine code; this and what follows: of the classic encoders only
+    centered: bool = False  # the code of the cells' centers instead of their far edges
+    scaled: bool = False  # each layer stretches the code by what a token has seen (DAB-DETR)
+    activation: Literal["relu", "prelu"] = "relu"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The decoder. The defaults are D-FINE's; RT-DETRv2 has plain boxes, projected attention, no gateway.
 
-    DEIMv2 has root-mean-square norms, gated feed-forward networks, and positions that are made once.
+    DEIMv2 has root-mean-square norms, gated feed-forward networks, and positions that are made once. The classic DETRs
+    differ in where queries come from, how they look at the pyramid, and which boxes the next layer looks at.
     """
 
     width: int = 256  # d
@@ -53,7 +73,7 @@ class DecoderConfig:
     bins: int = 33
     scale: float = 4.0  # reg_scale
     up: float = 0.5
-    activation: Literal["relu", "silu"] = "relu"  # DEIM: silu
+    activation: Literal["relu", "silu", "prelu"] = "relu"  # DEIM: silu; DAB-DETR: prelu in the layers
     boxes: Literal["distributions", "plain"] = "distributions"  # refined as four distributions (FDR), or as numbers
     projected: bool = False  # linear layers before and behind the deformable attention
     sampling: Literal["bilinear", "discrete"] = "bilinear"  # of the pyramid; discrete: at one cell, RT-DETRv2's "dsp"
@@ -63,10 +83,28 @@ class DecoderConfig:
     position_once: bool = False  # of the initial reference, for all layers; otherwise of each layer's reference
     norm: Literal["layer", "rms"] = "layer"
     gated: bool = False  # feed-forward networks as SwiGLU, whose inner width is half of `feedforward`
-    shared_boxes: bool = False  # one head of edges for all layers
+    shared_boxes: bool = False  # one head of boxes or edges for all layers
+    shared_scores: bool = False  # one head of classes for all layers
     select_raw: bool = False  # tokens are scored, and become queries, as they are, without a projection
     project_memory: bool = False  # a projection of the pyramid even where the widths are equal
     answering: int | None = None  # layers that run outside training; None: all
+    source: Source = "tokens"
+    attention: Literal["deformable", "conditional"] = "deformable"  # of queries to the pyramid
+    refine: bool = True  # a layer looks at the box that the one before answered; otherwise all look at the first
+    look_twice: bool = True  # plain boxes: the loss of a box reaches the layer before, too (DINO)
+    final_norm: bool = False  # a norm between the layers' states and the heads
+    logit_margin: float = 1e-5  # how near to 0 and 1 a reference may come before its logit is taken
+    dropout: float = 0.0
+
+    @property
+    def head_activation(self) -> str:
+        """Of all networks that are not the layers' feed-forward ones."""
+        return "relu" if self.activation == "prelu" else self.activation
+
+    @property
+    def boxes_are_queries(self) -> bool:
+        """Whether a box and a label make a query, as denoising has them; otherwise queries bring their positions."""
+        return self.source in ("tokens", "anchors", "mixed")
 
 
 @dataclass(frozen=True)
@@ -81,17 +119,35 @@ class ModelConfig:
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels of the input for each cell of each level."""
-        strides = tuple(4 * 2**stage for stage in self.backbone.stages)
-        return (*strides, 2 * strides[-1]) if self.encoder.fusion == "lite" else strides
+        strides = self._backbone_strides
+        extra = 1 if self.encoder.fusion == "lite" else self.encoder.extra_levels
+        return (*strides, *(strides[-1] * 2**level for level in range(1, extra + 1)))
 
     @property
     def largest_stride(self) -> int:
-        """What height and width of the input must be multiples of."""
-        return self.strides[-1]
+        """What height and width of the input must be multiples of; levels of a deformable encoder round up."""
+        return self.strides[-1] if self.encoder.fusion == "lite" else self._backbone_strides[-1]
+
+    @property
+    def classic(self) -> bool:
+        """Whether it is one of the hosts before the real-time family: Conditional, Deformable and DAB-DETR, DINO."""
+        return self.encoder.fusion in ("single", "deformable")
+
+    @property
+    def _backbone_strides(self) -> tuple[int, ...]:
+        dilated = self.backbone.dilated
+        return tuple(16 if dilated and stage == 3 else 4 * 2**stage for stage in self.backbone.stages)
 
     def __post_init__(self) -> None:
         if self.encoder.fusion == "lite" and len(self.backbone.stages) != 1:
             raise ConfigError(f"the lite encoder reads one stage of the backbone; got {self.backbone.stages}")
+        single = self.decoder.attention == "conditional" or self.encoder.fusion == "single"
+        if single and len(self.strides) != 1:
+            raise ConfigError(f"conditional attention and a single encoder see one level; got strides {self.strides}")
+        if self.decoder.attention == "conditional" and self.decoder.source not in ("points", "anchors"):
+            raise ConfigError(f"conditional attention has learned queries; got decoder.source={self.decoder.source!r}")
+        if self.encoder.extra_levels and self.encoder.fusion != "deformable":
+            raise ConfigError(f"a deformable encoder has extra_levels; got them with fusion={self.encoder.fusion!r}")
         if len(self.decoder.points) != len(self.strides):
             raise ConfigError(
                 f"decoder.points names {len(self.decoder.points)} levels, the pyramid has {len(self.strides)}; "

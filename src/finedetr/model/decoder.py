@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from finedetr.geometry import decode_edges, inverse_sigmoid
 from finedetr.model.attention import DeformableAttention, SelfAttention
+from finedetr.model.conditional import ConditionalAttention, SpatialQuery
 from finedetr.model.config import DecoderConfig
 from finedetr.model.heads import BinTable, LocationQuality, expected_distances
-from finedetr.model.layers import ACTIVATIONS, MLP, focal_bias
+from finedetr.model.layers import MLP, activation, focal_bias
+from finedetr.model.sines import place_code
 
 __all__ = ["Decoder", "DecoderLayer", "DistributionDecoder", "PlainDecoder", "Refinement", "build_decoder"]
 
@@ -50,25 +52,35 @@ class Gateway(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6; 1.7).
+    """Self-attention, cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6; 1.7; and 2.2, 2.3 of the classic hosts).
 
     What a query saw is joined with what it was by a gateway (D-FINE) or by a sum and a norm.
+
+    Args:
+        config: What it is made of.
+        temperature: Of the cells' sine code in the encoder; conditional attention has the same.
+        first: Whether no layer stands before it.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, temperature: float, *, first: bool) -> None:
         super().__init__()
         width, inner = config.width, config.feedforward // 2 if config.gated else config.feedforward
-        self.self_attention = SelfAttention(width, config.heads)
+        conditional = config.attention == "conditional"
+        self.self_attention = SelfAttention(width, config.heads, separate=conditional, dropout=config.dropout)
         self.norm1 = _norm(config)
-        self.cross_attention = DeformableAttention(
-            width, config.heads, config.points, projected=config.projected, discrete=config.sampling == "discrete"
+        self.cross_attention = (
+            ConditionalAttention(width, config.heads, temperature, first=first, dropout=config.dropout)
+            if conditional
+            else DeformableAttention(
+                width, config.heads, config.points, projected=config.projected, discrete=config.sampling == "discrete"
+            )
         )
         self.gateway = Gateway(width, _norm(config)) if config.gateway else None
         self.norm2 = None if config.gateway else _norm(config)
         self.linear1 = nn.Linear(width, 2 * inner if config.gated else inner)
         self.linear2 = nn.Linear(inner, width)
         self.norm3 = _norm(config)
-        self.act, self.gated = ACTIVATIONS[config.activation], config.gated
+        self.act, self.gated, self.dropout = activation(config.activation), config.gated, config.dropout
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
             if config.gated:
@@ -78,28 +90,40 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         positions: Float[Tensor, "B N D"],
-        boxes: Float[Tensor, "B N 4"],
+        where: Float[Tensor, "B N E"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
         blocked: Bool[Tensor, "*B E N"] | None,
     ) -> Float[Tensor, "B N D"]:
-        """The next state of the queries."""
-        x = self.norm1(x + self.self_attention(x, positions, blocked))
-        seen = self.cross_attention(x + positions, boxes, memory)
+        """The next state of the queries.
+
+        Args:
+            x: Their state.
+            positions: Added to what they look with.
+            where: References for deformable attention, spatial queries for conditional attention.
+            memory: The pyramid.
+            blocked: See `SelfAttention.forward`.
+        """
+        x = self.norm1(x + self._drop(self.self_attention(x, positions, blocked)))
+        if isinstance(self.cross_attention, ConditionalAttention):
+            seen = self._drop(self.cross_attention(x, positions, where, memory))
+        else:
+            seen = self._drop(self.cross_attention(x + positions, where, memory))
         if self.gateway is not None:
             x = self.gateway(x, seen)
         else:
             assert self.norm2 is not None
             x = self.norm2(x + seen)
-        x = x + self.linear2(self._inner(x))
+        x = x + self._drop(self.linear2(self._drop(self._inner(x))))
         out: Tensor = self.norm3(x.clamp(-_HALF_MAX, _HALF_MAX))
         return out
 
     def _inner(self, x: Tensor) -> Tensor:
-        x = self.linear1(x)
-        if not self.gated:
-            return self.act(x)
-        gate, value = x.chunk(2, dim=-1)
-        return self.act(gate) * value
+        gate, value = self.linear1(x).chunk(2, dim=-1) if self.gated else (self.linear1(x), None)
+        inner: Tensor = self.act(gate)
+        return inner if value is None else inner * value
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
@@ -139,18 +163,32 @@ class Answers:
 
 
 class Decoder(nn.Module, ABC):
-    """The loop. What a layer answers, and how it moves the boxes, is left to the two kinds below."""
+    """The loop. What a layer answers, and how it moves the boxes, is left to the two kinds below.
 
-    def __init__(self, config: DecoderConfig, classes: int) -> None:
+    Args:
+        config: What it is made of.
+        classes: C.
+        temperature: See `DecoderLayer`.
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int, temperature: float) -> None:
         super().__init__()
-        width, act = config.width, config.activation
-        hidden = 2 * width if config.position_layers == 2 else width
-        self.answering = config.answering or config.layers
+        width = config.width
+        self.width, self.margin = width, config.logit_margin
+        self.answering, self.refine = config.answering or config.layers, config.refine
         self.position_limit, self.position_once = config.position_limit, config.position_once
-        self.query_position_head = MLP(4, hidden, width, config.position_layers, act)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(config.layers))
-        for layer in self.query_position_head.layers:
+        self.coded = config.source != "tokens"  # positions are made of the boxes' sine code
+        self.query_position_head = _position_head(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, temperature, first=index == 0) for index in range(config.layers)
+        )
+        heads = 1 if config.shared_scores else config.layers
+        self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        self.spatial = (
+            SpatialQuery(width, sized=config.source == "anchors") if config.attention == "conditional" else None
+        )
+        self.norm = nn.LayerNorm(width) if config.final_norm else None
+        for layer in self.query_position_head.layers if self.query_position_head is not None else ():
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
         for head in self.score_heads:
@@ -160,56 +198,94 @@ class Decoder(nn.Module, ABC):
     def forward(
         self,
         content: Float[Tensor, "B N D"],
-        boxes: Float[Tensor, "B N 4"],
+        references: Float[Tensor, "B N R"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
         blocked: Bool[Tensor, "*B E N"] | None = None,
         all_stages: bool = True,
+        positions: Float[Tensor, "B N D"] | None = None,
     ) -> Refinement:
         """Refines the boxes of all queries, layer after layer.
 
         Args:
             content: What each query starts with.
-            boxes: Where each query starts to look.
+            references: Where each query starts to look: a box, or a point.
             memory: The pyramid, finest level first.
             blocked: See `SelfAttention.forward`.
             all_stages: Answer at every stage (training, teachers) or only at the last.
+            positions: Of the queries, for all layers; None: they are made of the references.
         """
-        x, reference, answers = content, boxes, Answers()
+        x, reference, answers = content, references, Answers()
         count = len(self.layers) if self.training else self.answering
-        positions = None
+        keep = positions is not None or self.position_once
         for index, layer in enumerate(self.layers[:count]):
-            if positions is None or not self.position_once:
-                positions = self._positions(reference.to(x.dtype))
-            x = layer(x, positions, reference, memory, blocked)
+            if positions is None or not keep:
+                positions = self._positions(reference).to(x.dtype)
+            where = reference if self.spatial is None else self.spatial(x, reference, first=index == 0)
+            x = layer(x, positions, where, memory, blocked)
             if all_stages and not self.training:
                 answers.states.append(x)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
 
     def _positions(self, boxes: Tensor) -> Tensor:
-        positions: Tensor = self.query_position_head(boxes)
+        assert self.query_position_head is not None
+        boxes = place_code(boxes, self.width // 2) if self.coded else boxes
+        positions: Tensor = self.query_position_head(boxes.to(self.query_position_head.last.weight.dtype))
         limit = self.position_limit
         return positions if limit is None else positions.clamp(-limit, limit)
+
+    def _logits(self, references: Tensor) -> Tensor:
+        """Of boxes; of points, with zeros for the size."""
+        logits = inverse_sigmoid(references, self.margin)
+        return logits if logits.shape[-1] == 4 else F.pad(logits, (0, 2))
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """What the heads read of a state."""
+        return x if self.norm is None else self.norm(x)
+
+    def _score(self, index: int, x: Tensor) -> Tensor:
+        logits: Tensor = self.score_heads[index % len(self.score_heads)](x)
+        return logits
 
     @abstractmethod
     def _answer(
         self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
     ) -> Tensor:
-        """Adds what layer `index` answers where that is wanted; the next reference boxes, without gradient."""
+        """Adds what layer `index` answers where that is wanted; where the next layer looks."""
+
+
+def _position_head(config: DecoderConfig) -> MLP | None:
+    """What makes positions of boxes, or of their sine code; None where queries bring them."""
+    width, layers, act = config.width, config.position_layers, config.head_activation
+    match config.source:
+        case "points" | "proposals":
+            return None
+        case "tokens":
+            return MLP(4, 2 * width if layers == 2 else width, width, layers, act)
+        case "anchors" | "mixed":
+            return MLP(2 * width, width, width, 2, act)
+
+
+def _start(head: MLP, config: DecoderConfig) -> None:
+    """A box head starts with the answer zero: boxes begin at their references, those of points small (spec 2.3)."""
+    head.zero_last()
+    if config.source == "points" and config.attention == "deformable":
+        with torch.no_grad():
+            head.last.bias[2:] = -2.0
 
 
 class DistributionDecoder(Decoder):
     """D-FINE: a first plain box, then every layer refines the distributions of its four edges (FDR, LQE)."""
 
-    def __init__(self, config: DecoderConfig, classes: int) -> None:
-        super().__init__(config, classes)
-        width, act = config.width, config.activation
+    def __init__(self, config: DecoderConfig, classes: int, temperature: float) -> None:
+        super().__init__(config, classes, temperature)
+        width, act = config.width, config.head_activation
         self.bin_table = BinTable(config.bins, config.up, config.scale)
         self.initial_box_head = MLP(width, width, 4, 3, act)
         heads = 1 if config.shared_boxes else config.layers
         self.edge_heads = nn.ModuleList(MLP(width, width, 4 * config.bins, 3, act) for _ in range(heads))
         self.quality_heads = nn.ModuleList(LocationQuality(act) for _ in range(config.layers))
-        self.initial_box_head.zero_last()
+        _start(self.initial_box_head, config)
         for head in self.edge_heads:
             assert isinstance(head, MLP)
             head.zero_last()
@@ -217,11 +293,12 @@ class DistributionDecoder(Decoder):
     def _answer(
         self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
     ) -> Tensor:
+        x = self._shown(x)
         if index == 0:
-            initial = (self.initial_box_head(x).float() + inverse_sigmoid(reference)).sigmoid()
+            initial = (self.initial_box_head(x).float() + self._logits(reference)).sigmoid()
             answers.anchors = initial.detach()
             if all_stages:
-                answers.add("initial", self.score_heads[0](x), initial)
+                answers.add("initial", self._score(0, x), initial)
         assert answers.anchors is not None
         head = self.edge_heads[index % len(self.edge_heads)]
         moved = head(x if answers.content is None else x + answers.content.detach()).float()
@@ -231,44 +308,60 @@ class DistributionDecoder(Decoder):
         distances = expected_distances(probabilities, self.bin_table.values)
         box: Tensor = decode_edges(answers.anchors, distances, self.bin_table.scale)
         if all_stages or last:
-            logits = self.score_heads[index](x) + self.quality_heads[index](probabilities.to(x.dtype))
+            logits = self._score(index, x) + self.quality_heads[index](probabilities.to(x.dtype))
             answers.add(f"layer{index}", logits, box, corners)
         answers.moved, answers.content = corners, x
-        return box.detach()
+        return box.detach() if self.refine else reference
 
 
 class PlainDecoder(Decoder):
-    """RT-DETR: every layer moves the box by four numbers; each box's loss reaches the layer before, too.
+    """Every layer moves the box by four numbers, or all layers move the first reference (without `refine`).
 
-    That is "look forward twice" (DINO, eq. 5): the answer stands on the box before with its gradient, the reference
-    of the next layer has none.
+    In RT-DETR and DINO each box's loss reaches the layer before, too, "look forward twice" (DINO, eq. 5): the answer
+    stands on the box before with its gradient, the reference of the next layer has none. Where a norm stands before the
+    heads, the next reference is made without it, of the same head (DAB-DETR, DINO; spec 2.4).
     """
 
-    def __init__(self, config: DecoderConfig, classes: int) -> None:
-        super().__init__(config, classes)
+    def __init__(self, config: DecoderConfig, classes: int, temperature: float) -> None:
+        super().__init__(config, classes, temperature)
+        heads = 1 if config.shared_boxes else config.layers
         self.box_heads = nn.ModuleList(
-            MLP(config.width, config.width, 4, 3, config.activation) for _ in range(config.layers)
+            MLP(config.width, config.width, 4, 3, config.head_activation) for _ in range(heads)
         )
-        for head in self.box_heads:
+        self.look_twice = config.look_twice
+        for index, head in enumerate(self.box_heads):
             assert isinstance(head, MLP)
             head.zero_last()
+            if index == 0:
+                _start(head, config)
 
     def _answer(
         self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
     ) -> Tensor:
-        moved = self.box_heads[index](x).float()
-        box: Tensor = (moved + inverse_sigmoid(reference)).sigmoid()
+        head, base = self.box_heads[index % len(self.box_heads)], self._logits(reference)
+        moved = None
         if all_stages or last:
+            shown = self._shown(x)
+            moved = head(shown).float()
             # the same numbers; the gradient goes one layer further, and no more than one
-            answer = box if answers.box is None else (moved + inverse_sigmoid(answers.box)).sigmoid()
-            answers.add(f"layer{index}", self.score_heads[index](x), answer)
-        answers.box = box
+            start = base if answers.box is None else self._logits(answers.box)
+            answers.add(f"layer{index}", self._score(index, shown), (moved + start).sigmoid())
+        if last or not self.refine:
+            return reference
+        if moved is None or self.norm is not None:
+            moved = head(x).float()
+        box: Tensor = (moved + base).sigmoid()
+        if self.look_twice:
+            answers.box = box
         return box.detach()
 
 
-def build_decoder(config: DecoderConfig, classes: int) -> DistributionDecoder | PlainDecoder:
-    """The decoder that a configuration names."""
-    return DistributionDecoder(config, classes) if config.boxes == "distributions" else PlainDecoder(config, classes)
+def build_decoder(
+    config: DecoderConfig, classes: int, temperature: float = 10000.0
+) -> DistributionDecoder | PlainDecoder:
+    """The decoder that a configuration names, behind an encoder whose sine codes have a temperature."""
+    kind = DistributionDecoder if config.boxes == "distributions" else PlainDecoder
+    return kind(config, classes, temperature)
 
 
 def join_blocked(

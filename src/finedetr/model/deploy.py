@@ -47,10 +47,12 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
         per_layer.append(decoder.box_heads)
     for parts in per_layer:
         del parts[decoder.answering :]  # layers that only training runs
-    for index in range(decoder.answering - 1):
-        decoder.score_heads[index] = nn.Identity()
-        if isinstance(decoder, DistributionDecoder):
-            decoder.quality_heads[index] = nn.Identity()
+    behind = [decoder.score_heads]
+    if isinstance(decoder, DistributionDecoder):
+        behind.append(decoder.quality_heads)
+    for parts in behind:
+        for index in range(len(parts) - 1):  # a head that all layers share stays
+            parts[index] = nn.Identity()
     return model.requires_grad_(False)
 
 
@@ -69,7 +71,8 @@ def _fold(module: ConvNorm) -> None:
         old.kernel_size,  # type: ignore[arg-type]
         old.stride,  # type: ignore[arg-type]
         old.padding,  # type: ignore[arg-type]
-        groups=old.groups,
+        old.dilation,  # type: ignore[arg-type]
+        old.groups,
         device=old.weight.device,
         dtype=old.weight.dtype,
     )

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from finedetr.errors import DataError
+from finedetr.errors import ConfigError, DataError
 from finedetr.model.backbones import build_backbone
 from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
 from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
-from finedetr.model.queries import Queries, QuerySelection
+from finedetr.model.queries import Answer, Queries, QuerySelection, build_queries
 from finedetr.records import Edges, Output, Prediction, QueryGroup, Trace
 
 __all__ = ["Detector"]
@@ -38,10 +38,12 @@ class Detector(nn.Module):
             else nn.Identity()
             for _ in config.strides
         )
-        self.selection = QuerySelection(width, classes, decoder.queries, decoder.activation, raw=decoder.select_raw)
+        self.selection = build_queries(decoder, classes)
         # row C stands for padding slots and stays zero
-        self.label_embedding = nn.Embedding(classes + 1, width, padding_idx=classes)
-        self.decoder = build_decoder(decoder, classes)
+        self.label_embedding = (
+            nn.Embedding(classes + 1, width, padding_idx=classes) if decoder.boxes_are_queries else None
+        )
+        self.decoder = build_decoder(decoder, classes, config.encoder.temperature)
         for module in (*self.encoder.input_proj, *self.decoder_input_proj):
             if isinstance(module, ConvNorm):
                 nn.init.xavier_uniform_(module.conv.weight)
@@ -62,6 +64,7 @@ class Detector(nn.Module):
 
         Raises:
             DataError: H or W is no multiple of the largest stride.
+            ConfigError: A group is made of boxes and labels, and this detector's queries are not.
         """
         self._check_size(images)
         all_stages = self.training if all_stages is None else all_stages
@@ -72,28 +75,22 @@ class Detector(nn.Module):
         tokens = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in memory], dim=1)
         queries = self.selection(tokens, shapes)
 
-        content = [self._content(group, tokens, shapes).to(queries.content.dtype) for group in extra]
         blocked = None
         if extra:
             blocked = join_blocked(
                 [group.boxes.shape[1] for group in extra],
                 [group.blocked for group in extra],
                 [group.sees_matching for group in extra],
-                queries.boxes.shape[1],
+                queries.references.shape[1],
                 images.device,
             )
-        answers = self.decoder(
-            torch.cat([*content, queries.content], dim=1),
-            torch.cat([*(group.boxes for group in extra), queries.boxes], dim=1),
-            memory,
-            blocked,
-            all_stages or bool(extra),
-        )
+        content, references, positions = self._join(extra, queries, tokens, shapes)
+        answers = self.decoder(content, references, memory, blocked, all_stages or bool(extra), positions)
         trace = None
-        if all_stages:
-            own = queries.boxes.shape[1]
+        if all_stages and queries.tokens is not None:
+            own = queries.tokens.shape[1]
             states = None if answers.states is None else answers.states[:, :, -own:]
-            trace = Trace(shapes, queries.tokens, queries.boxes, maps, states, queries.embedded)
+            trace = Trace(shapes, queries.tokens, queries.references, maps, states, queries.embedded)
         return self._output(answers, queries, extra, all_stages, pyramid, trace)
 
     def _output(
@@ -117,14 +114,17 @@ class Detector(nn.Module):
             strict=True,
         )
         *groups, own = (self._prediction(answers.stages, *parts) for parts in cut)
-        if all_stages:
+        if all_stages and queries.encoder is not None:
             own = Prediction(
-                torch.cat((queries.logits.float()[None], own.logits)),
-                torch.cat((queries.answers[None], own.boxes)),
+                torch.cat((queries.encoder.logits.float()[None], own.logits)),
+                torch.cat((queries.encoder.boxes[None], own.boxes)),
                 ("encoder", *own.stages),
                 own.edges,
             )
-        return Output(own, tuple(zip(extra, groups, strict=True)), pyramid, trace)
+        judged = list(zip(extra, groups, strict=True))
+        if queries.proposals is not None:
+            judged.append(_proposals(queries.proposals))
+        return Output(own, tuple(judged), pyramid, trace)
 
     def _prediction(
         self, stages: tuple[str, ...], logits: Tensor, boxes: Tensor, corners: Tensor | None, anchors: Tensor | None
@@ -135,13 +135,38 @@ class Detector(nn.Module):
         table = self.decoder.bin_table
         return Prediction(logits, boxes, stages, Edges(corners, anchors, table.values, table.scale))
 
+    def _join(
+        self, extra: tuple[QueryGroup, ...], queries: Queries, tokens: Tensor, shapes: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Content, references and (where the decoder does not make them) positions of all queries, ours last."""
+        dtype, size = queries.content.dtype, queries.references.shape[-1]
+        made = [self._content(group, tokens, shapes).to(dtype) for group in extra]
+        content = torch.cat([*made, queries.content], dim=1)
+        references = torch.cat([*(group.boxes[..., :size] for group in extra), queries.references], dim=1)
+        if queries.positions is None:
+            return content, references, None
+        given = [group.positions.to(dtype) for group in extra if group.positions is not None]
+        if len(given) < len(extra):
+            raise self._not_of_boxes(next(group for group in extra if group.positions is None))
+        return content, references, torch.cat([*given, queries.positions], dim=1)
+
     def _content(self, group: QueryGroup, memory: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         if group.content is not None:
             return group.content
-        if group.tokens is not None:
-            return self.selection.content(memory, shapes, group.tokens)
+        if group.tokens is not None and isinstance(self.selection, QuerySelection):
+            return self.selection.of_tokens(memory, shapes, group.tokens)
+        if self.label_embedding is None:
+            raise self._not_of_boxes(group)
         embedded: Tensor = self.label_embedding(group.labels)
         return embedded
+
+    def _not_of_boxes(self, group: QueryGroup) -> ConfigError:
+        return ConfigError(
+            f"{self.config.name} has learned positions, so boxes and labels make no queries for it; the group "
+            f"{group.name!r} brings nothing else",
+            code="conflict",
+            hint="Train it without denoising queries (--denoise false), or use a dab or dino model.",
+        )
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -153,3 +178,10 @@ class Detector(nn.Module):
                 code="size",
                 hint=f"Use {near[0]}x{near[1]} or {near[0] + stride}x{near[1] + stride}.",
             )
+
+
+def _proposals(answer: Answer) -> tuple[QueryGroup, Prediction]:
+    """What the encoder of a detector in two stages answers for all tokens; it has no classes yet (spec 2.3)."""
+    boxes = answer.boxes
+    group = QueryGroup("proposals", boxes.detach(), content=boxes.new_zeros(*boxes.shape[:2], 0), agnostic=True)
+    return group, Prediction(answer.logits.float()[None], boxes[None], ("encoder",))

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finedetr.errors import ConfigError
 from finedetr.model.attention import SelfAttention
 from finedetr.model.config import EncoderConfig
 from finedetr.model.layers import ConvNorm
+from finedetr.model.token_encoders import DeformableEncoder, EncoderLayer, SingleEncoder
 
 __all__ = ["Halve", "HybridEncoder", "LiteEncoder", "RepConv", "build_encoder", "sine_positions"]
 
@@ -122,24 +124,6 @@ class SCDown(nn.Module):
         return out
 
 
-class EncoderLayer(nn.Module):
-    """A post-norm transformer layer with exact GELU."""
-
-    def __init__(self, width: int, heads: int, feedforward: int) -> None:
-        super().__init__()
-        self.self_attention = SelfAttention(width, heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
-        self.norm2 = nn.LayerNorm(width)
-
-    def forward(self, x: Float[Tensor, "B T D"], positions: Float[Tensor, "T D"]) -> Float[Tensor, "B T D"]:
-        """Tokens that look at one another."""
-        x = self.norm1(x + self.self_attention(x, positions.to(x.dtype)))
-        out: Tensor = self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
-        return out
-
-
 def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN:
     """What joins two levels."""
     width, blocks = config.width, round(3 * config.depth)
@@ -153,6 +137,8 @@ def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN:
             return RepNCSPELAN(width, width, branch, blocks, joint=True)
         case "sum-elan5":
             return RepNCSPELAN(width, width, branch, blocks, joint=True, tail=False)
+        case "single" | "deformable":
+            raise ConfigError(f"the hybrid encoder has no fusion {config.fusion!r}")
 
 
 class HybridEncoder(nn.Module):
@@ -170,7 +156,9 @@ class HybridEncoder(nn.Module):
         self.input_proj = nn.ModuleList(
             nn.Identity() if self.sums and inputs == width else ConvNorm(inputs, width) for inputs in channels
         )
-        self.layers = nn.ModuleList(EncoderLayer(width, config.heads, config.feedforward) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(SelfAttention(width, config.heads), width, config.feedforward) for _ in range(config.layers)
+        )
         act = "silu" if config.fusion == "csp" else None
         steps = range(levels - 1)
         self.lateral_convs = nn.ModuleList(ConvNorm(width, width, act=act) for _ in steps)
@@ -252,6 +240,16 @@ class LiteEncoder(nn.Module):
         return fine, self.pan_block(coarse + self.down2(fine))
 
 
-def build_encoder(config: EncoderConfig, channels: tuple[int, ...]) -> HybridEncoder | LiteEncoder:
+def build_encoder(
+    config: EncoderConfig, channels: tuple[int, ...]
+) -> HybridEncoder | LiteEncoder | SingleEncoder | DeformableEncoder:
     """The encoder that a configuration names, for backbone maps of so many channels."""
-    return LiteEncoder(config, channels) if config.fusion == "lite" else HybridEncoder(config, channels)
+    match config.fusion:
+        case "lite":
+            return LiteEncoder(config, channels)
+        case "single":
+            return SingleEncoder(config, channels)
+        case "deformable":
+            return DeformableEncoder(config, channels)
+        case _:
+            return HybridEncoder(config, channels)

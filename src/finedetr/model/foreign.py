@@ -29,7 +29,12 @@ from finedetr.model.zoo import ZOO
 __all__ = ["Foreign", "is_foreign", "read_foreign", "read_official"]
 
 WEIGHTS = "model.safetensors"
-_SCORES = ("decoder.enc_score_head.weight", "model.enc_score_head.weight")  # official, transformers
+_SCORES = (
+    *("decoder.enc_score_head.weight", "model.enc_score_head.weight"),  # official, transformers
+    *("class_labels_classifier.weight", "class_embed.weight", "class_embed.0.weight"),  # the classic DETRs
+    "model.decoder.class_embed.0.weight",
+)
+_KINDS = ("d_fine", "rt_detr", "rt_detr_v2", "conditional_detr", "dab-detr", "deformable_detr")  # of transformers
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_foreign(path: Path) -> Foreign:
-    """Reads an official checkpoint, or a folder of transformers (d_fine, rt_detr, rt_detr_v2).
+    """Reads an official checkpoint, or a folder of transformers (see `_KINDS`).
 
     Official ones are `.pth` files of D-FINE, DEIM, DEIMv2 and RT-DETR(v2), and `.safetensors` files with their names,
     alone or in a folder beside the `config.json` with which DEIMv2 lies on the Hub.
@@ -68,12 +73,11 @@ def read_foreign(path: Path) -> Foreign:
         given, names_of = _read_transformers(folder, settings), transformers_names
     else:
         given, names_of = read_official(path if folder is None else folder / WEIGHTS), official_names
-    config, state, used = _fit(given, names_of, path)
-    if isinstance(settings.get("num_queries"), int):
-        config = replace(config, decoder=replace(config.decoder, queries=settings["num_queries"]))
+    rows = [_with_queries(row, settings) for row in _rows() if _may_be(row, settings)]
+    config, state, used = _fit(given, names_of, rows, path)
     if settings.get("decoder_method") in ("default", "discrete"):
         config = _sampled(config, discrete=settings["decoder_method"] == "discrete")
-    names, ids = _classes(len(state["selection.score_head.bias"]), settings)
+    names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
     unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
     if unused:
@@ -118,12 +122,12 @@ def _is_official(path: Path) -> bool:
 
 def _read_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     kind = settings["model_type"]
-    if kind not in {"d_fine", "rt_detr", "rt_detr_v2"}:
+    if kind not in _KINDS:
         raise ModelError(
             f"{folder / 'config.json'}: no model of type {kind!r} is read",
             code="unknown_model",
             # its deimv2 recomputes positions in every layer and projects before the selection of queries (spec 2.3)
-            hint="d_fine, rt_detr and rt_detr_v2 are; DEIMv2 is read as its authors publish it.",
+            hint=f"{', '.join(_KINDS[:-1])} and {_KINDS[-1]} are; DEIMv2 is read as its authors publish it.",
         )
     return _read_tensors(folder / WEIGHTS)
 
@@ -170,6 +174,8 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
     labels = settings.get("id2label")
     if isinstance(labels, Mapping) and len(labels) == count:
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+        # COCO's 91 outputs have ten that stand for nothing, all called "N/A"
+        names = tuple(name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names))
     elif count == len(COCO_NAMES):
         names = COCO_NAMES
     elif count == len(OBJECTS365_NAMES) + 1:
@@ -182,21 +188,24 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
 
 
 def _fit(
-    given: Mapping[str, Tensor], names_of: Callable[[str, ModelConfig], tuple[str, ...]], path: Path
+    given: Mapping[str, Tensor],
+    names_of: Callable[[str, ModelConfig], tuple[str, ...]],
+    rows: list[ModelConfig],
+    path: Path,
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
     """The model of the table whose every tensor is in the file with its shape."""
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
-    for config in _likely_first(given, path):
+    for config in _likely_first(rows, given, path):
         own = _blueprint(config, count)
         state, used, faults = {}, set(), []
         for key, tensor in own.items():
             found = [look_up(given, name) for name in names_of(key, config)]
             if any(part is None for part in found):
-                if not key.endswith("num_batches_tracked"):
-                    faults.append(f"missing {key}")
+                if key.endswith("num_batches_tracked") or (config.classic and key.startswith("label_embedding")):
+                    state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
                 else:
-                    state[key] = torch.zeros((), dtype=torch.long)
+                    faults.append(f"missing {key}")
                 continue
             parts = [part for part in found if part is not None]
             used |= {name for name, _ in parts}
@@ -225,7 +234,7 @@ def _blueprint(config: ModelConfig, count: int) -> dict[str, Tensor]:
         return Detector(config, count).state_dict()
 
 
-def _likely_first(given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
+def _likely_first(rows: list[ModelConfig], given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
     """The rows of the table, those most like the file first: building a model, even without numbers, takes a moment."""
     shape = _shape(given)
     resnet = any("res_layers" in key or ".embedder.embedder." in key for key in given)
@@ -238,7 +247,7 @@ def _likely_first(given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
             row.name.endswith("-dsp") != ("dsp" in said),
         )
 
-    return sorted(_rows(), key=unlike)
+    return sorted(rows, key=unlike)
 
 
 def _sampled(config: ModelConfig, *, discrete: bool) -> ModelConfig:
@@ -256,6 +265,31 @@ def _rows() -> Iterator[ModelConfig]:
             yield replace(config, decoder=replace(config.decoder, layers=config.decoder.answering, answering=None))
 
 
+def _may_be(row: ModelConfig, settings: Mapping[str, Any]) -> bool:
+    """Whether a model of the table is of the make that a configuration of transformers describes."""
+    decoder = row.decoder
+    match settings.get("model_type"):
+        case "conditional_detr":
+            fits = decoder.attention == "conditional" and decoder.source == "points"
+        case "dab-detr":
+            fits = decoder.source == "anchors"
+        case "deformable_detr":
+            source = "proposals" if settings.get("two_stage") else "points"
+            shape = (source, bool(settings.get("with_box_refine")), settings.get("num_feature_levels", 4))
+            own = (decoder.source, decoder.refine, len(row.strides))
+            fits = row.classic and decoder.attention == "deformable" and own == shape
+        case _:
+            return not row.classic
+    backbone = {**(settings.get("backbone_kwargs") or {}), **(settings.get("backbone_config") or {})}
+    return fits and row.backbone.dilated == (bool(settings.get("dilation")) or backbone.get("output_stride") == 16)
+
+
+def _with_queries(row: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig:
+    """The same model with as many queries as the configuration says."""
+    count = settings.get("two_stage_num_proposals" if row.decoder.source == "proposals" else "num_queries")
+    return replace(row, decoder=replace(row.decoder, queries=count)) if isinstance(count, int) else row
+
+
 def _shape(given: Mapping[str, Tensor]) -> tuple[int, int]:
     """Width and layers of the decoder in a file."""
     layers = {match[1] for key in given if (match := re.match(r"(?:model|decoder)\.decoder\.layers\.(\d+)\.", key))}
@@ -268,9 +302,16 @@ def _count_classes(given: Mapping[str, Tensor]) -> int:
     return len(scores[0]) if scores else len(COCO_NAMES)
 
 
+_TIED = (
+    (r"^((class|bbox)_embed\.)", r"model.decoder.\1"),
+    (r"^((class|bbox)_embed)\.\d+\.", r"\1.0."),
+    (r"^model\.decoder\.bbox_embed\.layers\.", "bbox_predictor.layers."),
+    (r"^decoder\.decoder\.(up|reg_scale)$", r"decoder.\1"),
+    (r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0."),
+)
+
+
 def _tied(key: str, given: Mapping[str, Tensor]) -> bool:
     """Whether a tensor is a second name of another one: the same numbers, so that nothing is lost."""
-    name = re.sub(r"^((class|bbox)_embed\.)", r"model.decoder.\1", key)
-    name = re.sub(r"^decoder\.decoder\.(up|reg_scale)$", r"decoder.\1", name)
-    name = re.sub(r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0.", name)
-    return name != key and name in given and torch.equal(given[name], given[key])
+    names = (re.sub(pattern, new, key) for pattern, new in _TIED)
+    return any(name != key and name in given and torch.equal(given[name], given[key]) for name in names)

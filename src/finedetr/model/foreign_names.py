@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from torch import Tensor
 
+from finedetr.model.classic_names import BACKBONES, FILES, classic_rules
 from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
@@ -166,6 +168,10 @@ def _rename(key: str, rules: Rules) -> str:
 
 def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
+    if config.classic:
+        name = _rename(key, classic_rules(config))
+        found = re.search(r"\{(\w+)\|(\w+)\}", name)
+        return (name,) if found is None else tuple(name.replace(found[0], part) for part in found.groups())
     rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
     rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
     name = _rename(key, rules + _TO_TRANSFORMERS)
@@ -203,10 +209,19 @@ def inside_official(vit: str) -> str:
     return "backbone.dinov3." if VITS[vit].dinov3 else "backbone.dinov3._model."
 
 
+@lru_cache(maxsize=65536)  # every row of the table asks for much the same names
+def _spellings(name: str) -> tuple[str, ...]:
+    """All ways in which files of transformers spell a name that it has in memory."""
+    file = _rename(name, FILES)
+    timm = (_rename(file, BACKBONES), _rename(name, BACKBONES)) if name.startswith("model.backbone.") else ()
+    old = (_rename(name, _OLD_SPELLINGS), _rename(name, _RTDETR_HGNET))
+    return (name, *old, file, *timm, name.removeprefix("model.decoder."))
+
+
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
     """A tensor of a file, by any of its spellings; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
-    for spelling in (name, _rename(name, _OLD_SPELLINGS), _rename(name, _RTDETR_HGNET)):
+    for spelling in _spellings(name):
         if spelling in given:
             tensor = given[spelling]
             if part:

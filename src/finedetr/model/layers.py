@@ -12,9 +12,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "MLP", "Backbone", "ConvNorm", "FrozenBatchNorm2d", "LearnableAffine", "focal_bias"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "Backbone",
+    "ConvNorm",
+    "FrozenBatchNorm2d",
+    "LearnableAffine",
+    "activation",
+    "focal_bias",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """One of `ACTIVATIONS`, or "prelu", which learns its slope."""
+    return nn.PReLU() if name == "prelu" else ACTIVATIONS[name]
 
 
 def focal_bias(prior: float = 0.01) -> float:
@@ -87,10 +101,11 @@ class ConvNorm(nn.Module):
         outputs: Channels out.
         kernel: Side of the square kernel; the padding keeps the size at stride 1.
         stride: Stride.
+        dilation: Distance of the kernel's places.
         groups: Groups of the convolution.
         act: Name of an activation, or None.
         affine: Whether a `LearnableAffine` follows the activation (HGNetv2 with "LAB").
-        padding: Zero padding on every side; (kernel - 1) // 2 where not given.
+        padding: Zero padding on every side; dilation · (kernel - 1) // 2 where not given.
         frozen: Use a `FrozenBatchNorm2d`.
     """
 
@@ -103,6 +118,7 @@ class ConvNorm(nn.Module):
         kernel: int = 1,
         stride: int = 1,
         *,
+        dilation: int = 1,
         groups: int = 1,
         act: str | None = None,
         affine: bool = False,
@@ -110,8 +126,8 @@ class ConvNorm(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        padding = (kernel - 1) // 2 if padding is None else padding
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        padding = dilation * (kernel - 1) // 2 if padding is None else padding
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
         self.norm = FrozenBatchNorm2d(outputs) if frozen else nn.BatchNorm2d(outputs)
         self.act = act
         self.affine = LearnableAffine() if affine and act else None
@@ -132,9 +148,8 @@ class ConvNorm(nn.Module):
             out: Tensor = self.conv(x)
             return out
         with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass on the CPU
-            return F.conv2d(
-                x.float(), self.conv.weight, self.conv.bias, self.conv.stride, self.conv.padding, 1, self.conv.groups
-            )
+            conv = self.conv
+            return F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _may_fold(self, x: Tensor) -> bool:
         # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
@@ -181,13 +196,14 @@ class Backbone(nn.Module):
         self.returned = returned
         self.channels = tuple(channels[stage] for stage in returned)
 
-    def initialize(self, freeze_stem: bool) -> None:
+    def initialize(self, freeze_stem: bool, freeze_stages: int = 0) -> None:
         """Random weights: the published detectors start from ImageNet weights; without, these help."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if freeze_stem:
             self.stem.requires_grad_(False)
+        self.stages[:freeze_stages].requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D H2 W2"], ...]:
         """One map for each returned stage, finest first."""

@@ -1,28 +1,39 @@
-"""Where the detector's own queries come from: the best tokens of the pyramid."""
+"""Where the detector's own queries come from: the best tokens of the pyramid, or what was learned of all pictures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from finedetr.model.config import DecoderConfig
 from finedetr.model.layers import MLP, focal_bias
+from finedetr.model.sines import sine_code
 
-__all__ = ["Queries", "QuerySelection", "anchor_table"]
+__all__ = ["Answer", "LearnedAnchors", "LearnedPoints", "Queries", "QuerySelection", "anchor_table", "build_queries"]
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """What the decoder starts from, and what the encoder itself answers for these tokens."""
+    """What the decoder starts from, and what the encoder itself answers where it does."""
 
-    content: Float[Tensor, "B Q D"]  # no gradient
-    boxes: Float[Tensor, "B Q 4"]  # no gradient
-    logits: Float[Tensor, "B Q C"]  # of the stage "encoder"
-    answers: Float[Tensor, "B Q 4"]  # boxes of the stage "encoder"
-    tokens: Int[Tensor, "B Q"]  # which cell of the flattened pyramid
+    content: Float[Tensor, "B Q D"]
+    references: Float[Tensor, "B Q R"]  # boxes (cx, cy, w, h), or points (x, y)
+    positions: Float[Tensor, "B Q D"] | None = None  # where the decoder does not make them of the references
+    tokens: Int[Tensor, "B Q"] | None = None  # which cell of the flattened pyramid each comes from, if from any
+    encoder: Answer | None = None  # the stage "encoder" of these queries
+    proposals: Answer | None = None  # of all tokens, in training, where classes do not count yet
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Logits and boxes of one stage, with gradient."""
+
+    logits: Float[Tensor, "B Q C"]
+    boxes: Float[Tensor, "B Q 4"]
 
 
 def anchor_table(
@@ -44,17 +55,26 @@ def anchor_table(
 
 
 class QuerySelection(nn.Module):
-    """The tokens with the best class score become queries; their boxes start at the cell's anchor."""
+    """The tokens with the best class score become queries; their boxes start at the cell's anchor.
 
-    def __init__(self, width: int, classes: int, queries: int, act: str, *, raw: bool = False) -> None:
+    RT-DETR takes content and boxes from them, DINO the boxes only. Deformable DETR in two stages ranks by class 0, for
+    which its encoder learns all objects, and makes content and positions of the boxes (spec 2.3 - 2.5).
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int) -> None:
         super().__init__()
-        self.queries = queries
+        width, raw = config.width, config.select_raw
+        self.queries, self.agnostic = config.queries, config.source == "proposals"
         self.proj = nn.Identity() if raw else nn.Linear(width, width)
         self.norm = nn.Identity() if raw else nn.LayerNorm(width)
         self.score_head = nn.Linear(width, classes)
-        self.box_head = MLP(width, width, 4, 3, act)
-        if isinstance(self.proj, nn.Linear):
-            nn.init.xavier_uniform_(self.proj.weight)
+        self.box_head = MLP(width, width, 4, 3, config.head_activation)
+        self.content = nn.Embedding(config.queries, width) if config.source == "mixed" else None
+        self.expand = nn.Linear(2 * width, 2 * width) if self.agnostic else None  # a box to position and content
+        self.expand_norm = nn.LayerNorm(2 * width) if self.agnostic else None
+        for layer in (self.proj, self.expand):
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
         nn.init.constant_(self.score_head.bias, focal_bias())
         self.box_head.zero_last()
         self._tables: dict[tuple[tuple[tuple[int, int], ...], torch.device], tuple[Tensor, Tensor]] = {}
@@ -67,16 +87,28 @@ class QuerySelection(nn.Module):
         # gradient as through all tokens, for a fraction of the backward pass.
         with torch.no_grad():
             embedded = self.norm(self.proj(memory))
-            best = self.score_head(embedded).amax(dim=-1)
+            scores = self.score_head(embedded)
+            best = scores[..., 0] if self.agnostic else scores.amax(dim=-1)
             tokens = best.topk(min(self.queries, memory.shape[1]), dim=1).indices
         chosen = memory.gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
         content = self.norm(self.proj(chosen))
-        boxes = (self.box_head(content).float() + anchors[tokens]).sigmoid()
-        kept = None if self.training else embedded
-        return Queries(content.detach(), boxes.detach(), self.score_head(content), boxes, tokens, kept)
+        answer = self._answer(content, anchors[tokens])
+        boxes, kept = answer.boxes.detach(), None if self.training else embedded
+        if self.content is not None:
+            learned = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+            return Queries(learned, boxes, None, tokens, answer, None, kept)
+        if self.expand is None or self.expand_norm is None:
+            return Queries(content.detach(), boxes, None, tokens, answer, None, kept)
+        code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
+        positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
+        everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
+        return Queries(content, boxes, positions, tokens, proposals=everything, embedded=kept)
+
+    def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
+        return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
 
     @torch.no_grad()
-    def content(
+    def of_tokens(
         self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B Q"]
     ) -> Float[Tensor, "B Q D"]:
         """What queries of given cells start with; like the own ones, without gradient."""
@@ -94,3 +126,57 @@ class QuerySelection(nn.Module):
             if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
                 self._tables[key] = table
         return table
+
+
+class LearnedPoints(nn.Module):
+    """The same queries for every picture: learned positions, and a point made of each (spec 2.2, 2.3).
+
+    Content is learned, too, but with conditional attention it starts at zero.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        blank = config.attention == "conditional"
+        self.width = config.width
+        self.embedding = nn.Embedding(config.queries, self.width if blank else 2 * self.width)
+        self.point = MLP(self.width, self.width, 2, 2 if blank else 1)
+        for layer in self.point.layers:
+            assert isinstance(layer, nn.Linear)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
+        """The queries of a batch, whatever the pictures show."""
+        learned = self.embedding.weight.expand(len(memory), -1, -1)
+        positions, content = learned[..., : self.width], learned[..., self.width :]
+        if not content.shape[-1]:
+            content = torch.zeros_like(positions)
+        return Queries(content, self.point(positions).sigmoid(), positions)
+
+
+class LearnedAnchors(nn.Module):
+    """The same boxes for every picture (DAB-DETR). Content is learned or, with conditional attention, zero."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.anchors = nn.Embedding(config.queries, 4)  # logits of boxes
+        self.content = None if config.attention == "conditional" else nn.Embedding(config.queries, self.width)
+
+    def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
+        """The queries of a batch, whatever the pictures show."""
+        boxes = self.anchors.weight.sigmoid().expand(len(memory), -1, -1)
+        if self.content is None:
+            return Queries(boxes.new_zeros(*boxes.shape[:2], self.width), boxes)
+        return Queries(self.content.weight.expand(len(memory), -1, -1), boxes)
+
+
+def build_queries(config: DecoderConfig, classes: int) -> QuerySelection | LearnedPoints | LearnedAnchors:
+    """Where a configuration has its queries from."""
+    match config.source:
+        case "points":
+            return LearnedPoints(config)
+        case "anchors":
+            return LearnedAnchors(config)
+        case _:
+            return QuerySelection(config, classes)

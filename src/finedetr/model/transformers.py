@@ -37,7 +37,8 @@ def has_twin(config: ModelConfig) -> bool:
     """Whether transformers has such a model: DEIM's SiLU heads are wired as ReLU there, RT-DETRv2 has ResNets only."""
     resnet = config.backbone.name in RESNETS
     plain = config.decoder.boxes == "plain"
-    return config.decoder.activation == "relu" and config.decoder.position_layers == 2 and resnet == plain
+    wired = config.decoder.activation == "relu" and config.decoder.position_layers == 2
+    return wired and resnet == plain and not config.classic
 
 
 def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from finedetr.errors import UsageError, did_you_mean
-from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
+from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig, Source
+from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
 
 __all__ = ["ZOO", "Input", "published_input", "variant"]
@@ -172,8 +173,110 @@ _DEIM = tuple(
     _deim(config) for config in (*_DFINE, *(c for c in _RTDETRV2 if c.backbone.name.startswith("R")), _DEIM_R50M)
 )
 
+# The classic hosts, spec 2.2 - 2.4. Batches have no padding here, as all pictures are resized to one size.
+_CLASSIC = DecoderConfig(feedforward=2048, boxes="plain", gateway=False, position_limit=None, dropout=0.1)
+
+
+def _resnet(depth: int, *stages: int, dilated: bool = False) -> BackboneConfig:
+    """As in torchvision, all norms and the first two parts at rest."""
+    return BackboneConfig(
+        f"resnet{depth}", False, stages, freeze_stem=True, freeze_norm=True, freeze_stages=1, dilated=dilated
+    )
+
+
+def _conditional(depth: int, *, dilated: bool = False) -> ModelConfig:
+    """Conditional DETR (Meng et al., 2021)."""
+    return ModelConfig(
+        f"conditional-detr-r{depth}{'-dc5' if dilated else ''}",
+        _resnet(depth, 3, dilated=dilated),
+        EncoderConfig(feedforward=2048, layers=6, fusion="single", dropout=0.1),
+        replace(
+            _CLASSIC,
+            points=(1,),
+            source="points",
+            attention="conditional",
+            refine=False,
+            final_norm=True,
+            shared_scores=True,
+            shared_boxes=True,
+        ),
+    )
+
+
+def _deformable(
+    suffix: str, source: Source, *, refine: bool, single: bool = False, dilated: bool = False
+) -> ModelConfig:
+    """Deformable DETR (Zhu et al., 2021)."""
+    stages = (3,) if single else (1, 2, 3)
+    return ModelConfig(
+        f"deformable-detr-r50{suffix}",
+        _resnet(50, *stages, dilated=dilated),
+        EncoderConfig(layers=6, fusion="deformable", extra_levels=0 if single else 1, centered=True, dropout=0.1),
+        replace(
+            _CLASSIC,
+            feedforward=1024,
+            points=(4,) if single else (4, 4, 4, 4),
+            projected=True,
+            source=source,
+            refine=refine,
+            look_twice=False,
+            shared_scores=not refine,
+            shared_boxes=not refine,
+        ),
+    )
+
+
+def _dab(depth: int, *, dilated: bool = False) -> ModelConfig:
+    """DAB-DETR (Liu et al., 2022): Conditional DETR with boxes as queries, refined layer by layer."""
+    host = _conditional(depth, dilated=dilated)
+    return replace(
+        host,
+        name=host.name.replace("conditional", "dab"),
+        encoder=replace(host.encoder, temperature=20.0, scaled=True, activation="prelu"),
+        decoder=replace(host.decoder, source="anchors", refine=True, activation="prelu"),
+    )
+
+
+def _dino(suffix: str, *stages: int) -> ModelConfig:
+    """DINO (Zhang et al., 2023), without dropout."""
+    levels = len(stages) + 1
+    return ModelConfig(
+        f"dino-r50{suffix}",
+        _resnet(50, *stages),
+        EncoderConfig(feedforward=2048, layers=6, fusion="deformable", extra_levels=1, temperature=20.0),
+        replace(
+            _CLASSIC,
+            queries=900,
+            points=(4,) * levels,
+            projected=True,
+            source="mixed",
+            final_norm=True,
+            shared_scores=True,
+            shared_boxes=True,
+            logit_margin=1e-3,
+            dropout=0.0,
+        ),
+    )
+
+
+_HOSTS = (
+    _conditional(50),
+    _conditional(50, dilated=True),
+    _conditional(101),
+    _conditional(101, dilated=True),
+    _dab(50),
+    _dab(50, dilated=True),
+    _deformable("", "points", refine=False),
+    _deformable("-refine", "points", refine=True),
+    _deformable("-two-stage", "proposals", refine=True),
+    _deformable("-single", "points", refine=False, single=True),
+    _deformable("-single-dc5", "points", refine=False, single=True, dilated=True),
+    _dino("", 1, 2, 3),
+    _dino("-5scale", 0, 1, 2, 3),
+)
+
 ZOO: dict[str, ModelConfig] = {
-    config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DSP, *_DEIM, *_DEIMV2)
+    config.name: config for config in (*_DFINE, *_RTDETRV2, _H, _R50M, *_DSP, *_DEIM, *_DEIMV2, *_HOSTS)
 }
 
 
@@ -200,9 +303,17 @@ class Input:
 _SIDES = {"deimv2-atto": 320, "deimv2-femto": 416}
 
 
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 def published_input(config: ModelConfig) -> Input:
-    """Sizes and normalization of the published training (spec 1.0): ImageNet's where the backbone is a ViT."""
+    """Sizes and normalization of the published training (spec 1.0, 2.1): ImageNet's for ViTs and plain ResNets.
+
+    The classic hosts were trained with the shorter side at 480 to 800. Here all pictures have one size; theirs is what
+    the most frequent size of COCO, 480x640, becomes at 800, in multiples of 32.
+    """
+    resnet = RESNETS.get(config.backbone.name)
+    if resnet is not None and resnet.plain:
+        return Input((800, 1056), *_IMAGENET)
     side = _SIDES.get(config.name, 640)
-    if config.backbone.name in VITS:
-        return Input((side, side), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Input((side, side))
+    return Input((side, side), *(_IMAGENET if config.backbone.name in VITS else (None, None)))

@@ -8,27 +8,53 @@ from dataclasses import replace
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.config import ModelConfig
 from finedetr.model.zoo import published_input
+from finedetr.recipes.conditional import conditional_detr
+from finedetr.recipes.dab import dab_detr
+from finedetr.recipes.deformable import deformable_detr
 from finedetr.recipes.deim import deim
 from finedetr.recipes.deimv2 import deimv2
 from finedetr.recipes.detrdistill import detrdistill, detrdistill_paper, detrdistill_released
 from finedetr.recipes.dfine import dfine
+from finedetr.recipes.dino import dino
 from finedetr.recipes.extras import constant_rate, late_matching, official_groups
+from finedetr.recipes.fdr import fdr
 from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.train.recipe import Recipe
 
-__all__ = ["PAPERS", "RECIPES", "build", "deim", "deimv2", "detrdistill", "dfine", "od_detr", "rtdetrv2", "scratch"]
+__all__ = [
+    "PAPERS",
+    "RECIPES",
+    "build",
+    "conditional_detr",
+    "dab_detr",
+    "deformable_detr",
+    "deim",
+    "deimv2",
+    "detrdistill",
+    "dfine",
+    "dino",
+    "fdr",
+    "od_detr",
+    "rtdetrv2",
+    "scratch",
+]
 
 RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
+    "conditional-detr": conditional_detr,
+    "dab-detr": dab_detr,
+    "deformable-detr": deformable_detr,
     "deim": deim,
     "deimv2": deimv2,
     "dfine": dfine,
+    "dino": dino,
     "rtdetrv2": rtdetrv2,
 }
 """Bases, by the name that `--recipe` takes."""
 
 PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
+    "fdr": fdr,
     "late-matching": late_matching,
     "official-groups": official_groups,
     "constant-rate": constant_rate,

@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.train.optimizer import Grouping
 
-__all__ = ["DEIM", "DEIMV2", "DEIM_RTDETRV2", "DFINE", "HOSTS", "RTDETRV2", "Published", "PublishedV2", "row"]
+__all__ = [
+    "CLASSIC",
+    "DEIM",
+    "DEIMV2",
+    "DEIM_RTDETRV2",
+    "DFINE",
+    "HOSTS",
+    "RTDETRV2",
+    "Published",
+    "PublishedV2",
+    "row",
+]
 
 
 _SMALL = Grouping(decay_backbone_norms=True, decay_affine=True)
@@ -114,6 +125,15 @@ DEIMV2: dict[str, PublishedV2] = {
     "hgnet-m": PublishedV2(4e-4, 4e-5, 32, 1e-4, 102, 90, 49, 4, repeat=6, late=80),
     "hgnet-l": PublishedV2(5e-4, 2.5e-5, 32, 1.25e-4, 58, 50, 29, 4, repeat=4, late=45),
     "hgnet-x": PublishedV2(5e-4, 5e-6, 32, 1.25e-4, 58, 50, 29, 4, repeat=3, late=45),
+}
+
+
+# distillation spec 2.2 - 2.4; only flips and sizes vary, to the end
+CLASSIC: dict[str, Published] = {
+    "conditional-detr": Published(1e-4, 1e-5, 16, 1e-4, 50, 50, 50, 50),
+    "dab-detr": Published(1e-4, 1e-5, 16, 1e-4, 50, 50, 50, 50),
+    "deformable-detr": Published(2e-4, 2e-5, 32, 1e-4, 50, 50, 50, 50),
+    "dino": Published(1e-4, 1e-5, 16, 1e-4, 12, 12, 12, 12),
 }
 
 

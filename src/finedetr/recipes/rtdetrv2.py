@@ -30,7 +30,7 @@ def rtdetrv2(base: Recipe) -> Recipe:
         recipe,
         name="rtdetrv2",
         schedule=replace(recipe.schedule, curve="constant", warmup_steps=2000, restart=False),
-        denoise=True,
+        denoise=base.model.decoder.boxes_are_queries,
         denoising=Denoising(),
         objective=Objective((Varifocal(), BoxL1(), BoxGIoU()), PerStage()),
     )

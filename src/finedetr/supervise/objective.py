@@ -137,7 +137,9 @@ class Objective:
         answers = [_as_float(output.matching), *(_as_float(answer) for _, answer in output.groups)]
         groups = [group for group, _ in output.groups]
         policies = [self.policy.informed(output, guidance), *(self._policy_of(group) for group in groups)]
-        matches = average_counts([policy(answer, targets) for policy, answer in zip(policies, answers, strict=True)])
+        truths = [targets, *(_targets_of(group, targets) for group in groups)]
+        judged = zip(policies, answers, truths, strict=True)
+        matches = average_counts([policy(answer, truth) for policy, answer, truth in judged])
         matching = Supervision(answers[0], matches[0], targets, output=output, guidance=guidance)
         return [
             ("matching", 1.0, matching),
@@ -145,9 +147,9 @@ class Objective:
                 (
                     group.name,
                     group.weight,
-                    Supervision(answer, match, targets, group.taught, matching, by_targets=group.by_targets),
+                    Supervision(answer, match, truth, group.taught, matching, by_targets=group.by_targets),
                 )
-                for group, answer, match in zip(groups, answers[1:], matches[1:], strict=True)
+                for group, answer, match, truth in zip(groups, answers[1:], matches[1:], truths[1:], strict=True)
             ),
         ]
 
@@ -207,6 +209,11 @@ def average_counts(matches: list[Match]) -> list[Match]:
         second = match.second and replace(match.second, count=labels)
         result.append(replace(match, labels=own, boxes=shared, second=second))
     return result
+
+
+def _targets_of(group: QueryGroup, targets: Targets) -> Targets:
+    """What a group is held to."""
+    return replace(targets, labels=torch.zeros_like(targets.labels)) if group.agnostic else targets
 
 
 def _as_float(answers: Prediction) -> Prediction:

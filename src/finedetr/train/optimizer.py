@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finedetr.errors import ConfigError
+from finedetr.model.attention import DeformableAttention
 from finedetr.model.layers import LearnableAffine
+from finedetr.model.queries import LearnedPoints
 
 __all__ = ["Grouping", "adamw", "parameter_groups"]
 
@@ -45,15 +48,17 @@ def parameter_groups(
     lr: float,
     weight_decay: float,
     backbone: float = 1.0,
+    aim: float = 1.0,
     grouping: Grouping | None = None,
 ) -> list[dict[str, object]]:
-    """The trainable parameters of a detector in at most four groups, each with its name, rate and decay.
+    """The trainable parameters of a detector in at most six groups, each with its name, rate and decay.
 
     Args:
         detector: A module whose `backbone` attribute is its backbone; where that has a part `pretrained`, it is meant.
         lr: The rate of everything else than the backbone.
         weight_decay: Decay of what decays.
         backbone: The backbone's rate as a multiple of `lr`.
+        aim: The rate of sampling offsets and learned points as a multiple of `lr`; 1 makes no group of them.
         grouping: Which parameters decay.
 
     Raises:
@@ -62,13 +67,15 @@ def parameter_groups(
     grouping = grouping or Grouping()
     backbone_ = getattr(detector, "backbone", nn.Module())
     inside = set(getattr(backbone_, "pretrained", backbone_).modules())
+    aims = set(_aims(detector)) if aim != 1 else set()
     where: dict[nn.Parameter, tuple[str, bool]] = {}
     names: dict[nn.Parameter, str] = {}
     for prefix, module in detector.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            group = _group_of(module, name, module in inside, grouping)
+            part, decays = _group_of(module, name, module in inside, grouping)
+            group = ("aim" if module in aims else part, decays)
             full = f"{prefix}.{name}" if prefix else name
             if where.setdefault(parameter, group) != group:
                 raise ConfigError(
@@ -84,7 +91,7 @@ def parameter_groups(
     groups: list[dict[str, object]] = []
     for key in sorted(set(where.values()), reverse=True):  # the main group with decay comes first
         part, decays = key
-        rate = lr * backbone if part == "backbone" else lr
+        rate = lr * {"backbone": backbone, "aim": aim}.get(part, 1.0)
         groups.append(
             {
                 "name": f"{part}, {'decay' if decays else 'no decay'}",
@@ -95,6 +102,15 @@ def parameter_groups(
             }
         )
     return groups
+
+
+def _aims(detector: nn.Module) -> Iterator[nn.Module]:
+    """What decides where a query looks."""
+    for module in detector.modules():
+        if isinstance(module, DeformableAttention):
+            yield module.sampling_offsets
+        elif isinstance(module, LearnedPoints):
+            yield from module.point.layers
 
 
 def _group_of(module: nn.Module, name: str, in_backbone: bool, grouping: Grouping) -> tuple[str, bool]:

@@ -28,7 +28,7 @@ from finedetr.supervise.terms import (
     Varifocal,
 )
 from finedetr.train.optimizer import Grouping
-from finedetr.train.schedule import Curve, FlatCosine, WarmupConstant
+from finedetr.train.schedule import Curve, Drop, FlatCosine, WarmupConstant
 
 __all__ = ["Average", "Evaluating", "Optimizer", "Recipe", "Saving", "Schedule", "Teaching"]
 
@@ -45,6 +45,8 @@ class Optimizer:
     """How the rate follows the batch. Adam's steps scale with the root of the batch (Malladi et al., 2022)."""
     backbone: float = 0.5
     """The backbone's rate as a multiple of the rate."""
+    aim: float = 1.0
+    """The rate of what decides where to look (sampling offsets, learned points) as a multiple of the rate."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of everything but norms, biases and affine scalars."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,7 +57,7 @@ class Optimizer:
     """Which parameters decay."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.batch < 1 or self.backbone < 0 or self.weight_decay < 0 or self.clip < 0:
+        if self.lr <= 0 or self.batch < 1 or min(self.backbone, self.aim) < 0 or self.weight_decay < 0 or self.clip < 0:
             raise ConfigError(f"the optimizer needs a rate above 0, a batch of 1 or more and no negatives, got {self}")
 
     def rate_at(self, batch: int) -> float:
@@ -73,8 +75,8 @@ class Optimizer:
 class Schedule:
     """How a run is divided. Ends are shares of the run: 0.5 is half of its epochs."""
 
-    curve: Literal["constant", "flat-cosine"] = "constant"
-    """The learning rate after the warm-up: D-FINE's or DEIM's."""
+    curve: Literal["constant", "flat-cosine", "drop"] = "constant"
+    """The learning rate after the warm-up: D-FINE's, DEIM's or that of the classic DETRs."""
     warmup: float = 0.05
     """The warm-up is at most this share of the run ..."""
     warmup_steps: int = 500
@@ -86,17 +88,20 @@ class Schedule:
     plain: float = 0.9
     """From here on: no strong augmentation, one size, and the flat tail of the flat-cosine curve."""
     gamma: float = 0.5
-    """Where the cosine ends, as a multiple of the rate."""
+    """Where the cosine ends, or to what the rate drops, as a multiple of the rate."""
+    drop: float = 0.8
+    """Where the rate drops."""
     late_matching: float = 1.0
     """From here on matching goes by score and overlap alone (DEIMv2); 1 is never."""
     restart: bool = False
     """Begin the plain part from the best weights so far, and go back to them after each epoch that is no better."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1 or not 0 <= self.warmup <= 1:
+        shares = 0 <= self.warmup <= 1 and 0 <= self.drop <= 1
+        if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1 or not shares:
             raise ConfigError(
-                f"schedule: wanted 0 <= start <= flat <= plain <= 1 and a warm-up within 0..1, got {self.start}, "
-                f"{self.flat}, {self.plain} and {self.warmup}"
+                f"schedule: wanted 0 <= start <= flat <= plain <= 1, and warm-up and drop within 0..1, got "
+                f"{self.start}, {self.flat}, {self.plain}, {self.warmup} and {self.drop}"
             )
 
     def windows(self, epochs: int) -> Windows:
@@ -115,6 +120,8 @@ class Schedule:
         warmup = self.warmup_of(total)
         if self.curve == "constant":
             return WarmupConstant(warmup)
+        if self.curve == "drop":
+            return Drop(round(self.drop * epochs) * steps, self.gamma, warmup)
         plain = (epochs - windows.plain_from) * steps
         return FlatCosine(total, warmup, windows.mosaic_end * steps, plain, self.gamma)
 

@@ -1,4 +1,4 @@
-"""The learning rate over a run: two published curves as plain functions of the iteration, and how they are applied.
+"""The learning rate over a run: three published curves as plain functions of the iteration, and how they are applied.
 
 Iterations are counted from 1: the first step of a run takes `factor(1)`. The official DEIM code counts from 0 and steps
 its scheduler late, so that its first two iterations run at lr / 500 and at 0 (spec 4.1); here no iteration is lost.
@@ -14,7 +14,7 @@ import torch
 
 from finedetr.errors import ConfigError
 
-__all__ = ["Curve", "FlatCosine", "WarmupConstant", "apply_rate"]
+__all__ = ["Curve", "Drop", "FlatCosine", "WarmupConstant", "apply_rate"]
 
 
 class Curve(ABC):
@@ -38,6 +38,25 @@ class WarmupConstant(Curve):
     def factor(self, iteration: int) -> float:
         """min(1, iteration / warmup)."""
         return min(1.0, iteration / self.warmup) if self.warmup else 1.0
+
+
+@dataclass(frozen=True)
+class Drop(Curve):
+    """The classic DETRs: linear warm-up, if any, then constant until the rate drops once.
+
+    Attributes:
+        at: Iterations at the full rate, the warm-up included.
+        gamma: What is left of the rate.
+        warmup: Iterations until the full rate; 0 starts at the full rate.
+    """
+
+    at: int
+    gamma: float = 0.1
+    warmup: int = 0
+
+    def factor(self, iteration: int) -> float:
+        """min(1, iteration / warmup), times gamma from the drop on."""
+        return WarmupConstant(self.warmup).factor(iteration) * (self.gamma if iteration > self.at else 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""The classic hosts in small, and the same random detector in `transformers`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finedetr.model.config import BackboneConfig, ModelConfig
+from finedetr.model.detector import Detector
+from finedetr.model.foreign_names import transformers_names
+from finedetr.model.resnet import RESNETS, ResNetTable
+from finedetr.model.zoo import variant
+from tests.model.oracle import randomize
+
+CLASSES = 5
+RESNETS["tiny"] = ResNetTable((1, 1, 1, 2), bottleneck=False, plain=True)
+
+
+def small(name: str, *, layers: int = 3, queries: int = 7, **decoder: Any) -> ModelConfig:
+    """A row of the table with a small backbone, few layers and few queries."""
+    row = variant(name)
+    return replace(
+        row,
+        name=f"small-{name}",
+        backbone=replace(row.backbone, name="tiny"),
+        encoder=replace(row.encoder, width=64, feedforward=32, layers=2, heads=4),
+        decoder=replace(row.decoder, width=64, feedforward=48, layers=layers, heads=4, queries=queries, **decoder),
+    )
+
+
+def random_detector(config: ModelConfig, seed: int = 0) -> Detector:
+    """Nothing zero, nothing one: norms, heads, offsets and all."""
+    torch.manual_seed(seed)
+    detector = Detector(config, CLASSES).eval()
+    randomize(detector, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in detector.modules():
+            if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+                part.weight.add_(0.3 * torch.randn(part.weight.shape, generator=generator))
+                part.bias.add_(0.3 * torch.randn(part.bias.shape, generator=generator))
+    return detector
+
+
+def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
+    table = RESNETS[config.name]
+    return {
+        "model_type": "resnet",
+        "embedding_size": 64,
+        "hidden_sizes": list(table.channels),
+        "depths": list(table.blocks),
+        "layer_type": "bottleneck" if table.bottleneck else "basic",
+        "out_features": [f"stage{stage + 1}" for stage in config.stages],
+    }
+
+
+def settings(config: ModelConfig) -> dict[str, Any]:
+    """What transformers calls this configuration."""
+    encoder, decoder = config.encoder, config.decoder
+    return {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": backbone_settings(config.backbone),
+        "d_model": decoder.width,
+        "hidden_size": decoder.width,
+        "encoder_layers": encoder.layers,
+        "encoder_ffn_dim": encoder.feedforward,
+        "encoder_attention_heads": encoder.heads,
+        "decoder_layers": decoder.layers,
+        "decoder_ffn_dim": decoder.feedforward,
+        "decoder_attention_heads": decoder.heads,
+        "num_queries": decoder.queries,
+        "two_stage_num_proposals": decoder.queries,
+        "num_feature_levels": len(config.strides),
+        "with_box_refine": decoder.refine,
+        "two_stage": decoder.source == "proposals",
+        "auxiliary_loss": False,
+        "num_labels": CLASSES,
+        "attn_implementation": "eager",
+    }
+
+
+def theirs_of(config: ModelConfig) -> nn.Module:
+    """`transformers`' detector of the same make, without weights."""
+    import transformers as hub
+
+    kind = {"conditional": "ConditionalDetr", "deformable": "DeformableDetr"}[config.decoder.attention]
+    if config.decoder.source == "anchors":
+        kind = "DabDetr"
+    with torch.device("meta"):  # random numbers that nobody reads take a while
+        theirs = getattr(hub, f"{kind}ForObjectDetection")(getattr(hub, f"{kind}Config")(**settings(config))).eval()
+    assert isinstance(theirs, nn.Module)
+    if config.backbone.dilated:  # a ResNet of transformers cannot; its convolutions can
+        (stages,) = (m for key, m in theirs.named_modules() if key.endswith("model.encoder.stages"))
+        for index, layer in enumerate(stages[3].layers):  # type: ignore[index]
+            for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3) and index:
+                    conv.dilation = conv.padding = (2, 2)
+    return theirs
+
+
+def untie(theirs: nn.Module) -> None:
+    """A fresh model has one class head for all layers, under many names (spec 2.3); a loaded one need not."""
+    import copy
+
+    for path in ("class_embed", "bbox_embed"):
+        heads = getattr(theirs, path, None)
+        if isinstance(heads, nn.ModuleList):
+            fresh = nn.ModuleList(copy.deepcopy(head) for head in heads)
+            setattr(theirs, path, fresh)
+            if getattr(theirs.model.decoder, path, None) is not None:
+                setattr(theirs.model.decoder, path, fresh)
+
+
+def copied(ours: Detector) -> dict[str, Tensor]:
+    """Our weights under the names of transformers in memory, tied ones under all of their names."""
+    config, state = ours.config, {}
+    for key, tensor in ours.state_dict().items():
+        if not key.startswith("label_embedding"):
+            names = transformers_names(key, config)
+            state |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+    for name in list(state):
+        for head in ("class_embed.", "bbox_embed."):
+            if name.startswith(f"model.decoder.{head}"):
+                state[name.removeprefix("model.decoder.")] = state[name]
+            elif name.startswith(f"{head}0.") and not config.decoder.refine:
+                for layer in range(config.decoder.layers):
+                    state[name.replace(".0.", f".{layer}.", 1)] = state[name]
+        if name.startswith("bbox_predictor.") and config.decoder.refine:
+            state[f"model.decoder.bbox_embed.{name.removeprefix('bbox_predictor.')}"] = state[name]
+    return state
+
+
+def classic_pair(config: ModelConfig) -> tuple[Detector, nn.Module]:
+    """Our detector at random weights and theirs with the same ones, both in eval mode."""
+    ours, theirs = random_detector(config), theirs_of(config)
+    untie(theirs)
+    theirs.to_empty(device="cpu").load_state_dict(copied(ours))
+    return ours, theirs

@@ -1,0 +1,54 @@
+"""Conditional DETR and DAB-DETR: the answers of `transformers` at the same random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from finedetr.model.zoo import variant
+from tests.model.classic import classic_pair, small
+
+pytest.importorskip("transformers")
+
+
+def states_of(theirs: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], object]:
+    """The state behind every layer of their decoder, before any norm, and what they answer."""
+    states: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+        for layer in theirs.model.decoder.layers  # type: ignore[union-attr]
+    ]
+    answer = theirs(pixel_values=images)
+    for hook in hooks:
+        hook.remove()
+    return states, answer
+
+
+@pytest.mark.parametrize(
+    "name", ["conditional-detr-r50", "conditional-detr-r50-dc5", "dab-detr-r50", "dab-detr-r50-dc5"]
+)
+def test_logits_and_boxes_equal_transformers(name: str) -> None:
+    ours, theirs = classic_pair(small(name))
+    images = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine = ours(images, all_stages=True).matching
+        states, other = states_of(theirs, images)
+        scores = theirs.class_embed if name.startswith("dab") else theirs.class_labels_classifier
+        logits = torch.stack([scores(theirs.model.decoder.layernorm(x)) for x in states])  # type: ignore[operator, union-attr]
+    assert mine.stages == ("layer0", "layer1", "layer2")
+    torch.testing.assert_close(mine.logits, logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(mine.boxes[-1], other.pred_boxes, atol=2e-5, rtol=0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["conditional-detr-r101", "dab-detr-r50"])
+def test_the_published_size_answers_as_transformers(name: str) -> None:
+    config = variant(name)
+    ours, theirs = classic_pair(replace(config, decoder=replace(config.decoder, queries=50)))
+    images = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine, other = ours(images).matching, theirs(pixel_values=images)
+    torch.testing.assert_close(mine.logits[-1], other.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.boxes[-1], other.pred_boxes, atol=1e-4, rtol=0)
