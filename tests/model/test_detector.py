@@ -93,11 +93,11 @@ def test_only_who_asks_for_all_stages_gets_the_trace() -> None:
     trace = detector(images, all_stages=True).trace
     assert trace.shapes == ((4, 6), (2, 3))
     assert trace.states.shape == (2, 1, 20, 32)
-    chosen = detector.selection.content(trace.embedded * 0 + 1, trace.shapes, trace.tokens)
+    chosen = detector.selection.of_tokens(trace.embedded * 0 + 1, trace.shapes, trace.tokens)
     assert chosen.shape == (1, 20, 32)
     memory = torch.rand(1, 30, 32)
     queries = detector.selection(memory, trace.shapes)
-    assert torch.equal(detector.selection.content(memory, trace.shapes, queries.tokens), queries.content)
+    assert torch.equal(detector.selection.of_tokens(memory, trace.shapes, queries.tokens), queries.content)
     training = detector.train()(images).trace
     assert training.states is None
     assert training.embedded is None

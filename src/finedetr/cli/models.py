@@ -146,12 +146,14 @@ def _ap(name: str, weights: str) -> float | None:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """At most 100 columns: for a terminal."""
-    lines = [f"{'model':20} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6}  {'weights':11} from"]
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'model':{width}} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6}  {'weights':11} from"]
     for row in rows:
+        gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         kinds = [weights["name"].removeprefix(f"{row['name']}-") for weights in row["weights"]]
         place = f"Hub: {', '.join(kinds)}" if kinds else "-" if row["weights_license"] == "none" else "authors' .pth"
         lines.append(
-            f"{row['name']:20} {row['parameters'] / 1e6:6.1f} M {row['gflops']:7.1f} {row['published_ap'] or '-':>5} "
+            f"{row['name']:{width}} {row['parameters'] / 1e6:6.1f} M {gflops:>7} {row['published_ap'] or '-':>5} "
             f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} {place}"
         )
     return "\n".join(
@@ -202,7 +204,8 @@ def _show(flags: Show) -> dict[str, Any] | None:
     output(f"counted   {counted['parameters']:,} parameters, {counted['deployed_parameters']:,} as deployed")
     output(f"counted   {counted['gflops']:.2f} GFLOPs at {size[0]}x{size[1]}")
     boxes = " (the official code computes boxes of all cells)" if config.decoder.boxes == "plain" else ""
-    output(f"reported  {entry.gflops:g} GFLOPs at {published[0]}x{published[1]}{boxes}")
+    if entry.gflops is not None:
+        output(f"reported  {entry.gflops:g} GFLOPs at {published[0]}x{published[1]}{boxes}")
     output(
         f"reported  AP {entry.ap or '-'} on COCO val2017, {_number(entry.latency)} ms on a T4 (TensorRT, FP16, batch 1)"
     )

@@ -23,13 +23,14 @@ class Entry:
     Attributes:
         parameters: Of the model that is trained, with COCO's 80 classes.
         gflops: 2·10^-9 times the multiplications with addition of convolutions and matrix products, of the deployed
-            model as published, for one picture of its size.
-        ap: COCO val2017 AP in points, trained on COCO only but for an ImageNet backbone.
+            model as published, for one picture of its size. Unknown for the classic hosts, whose pictures vary in size.
+        ap: COCO val2017 AP in points, trained on COCO only but for an ImageNet backbone; of the classic hosts at a
+            shorter side of 800 pixels.
         latency: Milliseconds on a T4 with TensorRT in FP16, one picture at a time.
     """
 
     parameters: int
-    gflops: float
+    gflops: float | None
     ap: float | None = None
     latency: float | None = None
 
@@ -74,6 +75,19 @@ CATALOG: dict[str, Entry] = {
     "deimv2-hgnet-m": Entry(18_866_352, 47.8),
     "deimv2-hgnet-l": Entry(31_090_936, 82.5),
     "deimv2-hgnet-x": Entry(60_291_704, 183.4),
+    "conditional-detr-r50": Entry(43_415_574, None, 41.0),
+    "conditional-detr-r50-dc5": Entry(43_415_574, None, 43.8),
+    "conditional-detr-r101": Entry(62_355_478, None),
+    "conditional-detr-r101-dc5": Entry(62_355_478, None),
+    "dab-detr-r50": Entry(43_689_426, None, 42.2),
+    "dab-detr-r50-dc5": Entry(43_689_426, None),
+    "deformable-detr-r50": Entry(40_066_838, None, 44.5),
+    "deformable-detr-r50-refine": Entry(40_832_698, None, 46.2),
+    "deformable-detr-r50-two-stage": Entry(41_161_740, None, 46.9),
+    "deformable-detr-r50-single": Entry(34_063_766, None, 39.4),
+    "deformable-detr-r50-single-dc5": Entry(34_063_766, None, 41.5),
+    "dino-r50": Entry(46_884_712, None, 49.0),
+    "dino-r50-5scale": Entry(47_247_336, None, 49.4),
 }
 
 PRETRAINED_AP: dict[str, float] = {  # COCO AP of weights that saw Objects365 first
@@ -119,6 +133,24 @@ FAMILIES: dict[str, Family] = {  # by the beginning of a model's name, the first
         "Intellindust-AI-Lab/DEIM",
         "Apache-2.0",
         "Google Drive, linked in the README of Intellindust-AI-Lab/DEIM",
+    ),
+    "conditional-detr-": Family(
+        "Meng et al., Conditional DETR, ICCV 2021",
+        "Atten4Vis/ConditionalDETR",
+        "Apache-2.0",
+        "README of Atten4Vis/ConditionalDETR",
+    ),
+    "dab-detr-": Family(
+        "Liu et al., DAB-DETR, ICLR 2022", "IDEA-Research/DAB-DETR", "Apache-2.0", "README of IDEA-Research/DAB-DETR"
+    ),
+    "deformable-detr-": Family(
+        "Zhu et al., Deformable DETR, ICLR 2021",
+        "fundamentalvision/Deformable-DETR",
+        "Apache-2.0",
+        "README of fundamentalvision/Deformable-DETR",
+    ),
+    "dino-": Family(
+        "Zhang et al., DINO, ICLR 2023", "IDEA-Research/DINO", "Apache-2.0", "README of IDEA-Research/DINO"
     ),
     "deimv2-hgnet-": Family(
         "Huang et al., DEIMv2, 2025", "Intellindust-AI-Lab/DEIMv2", "none", "none published: configurations only"
