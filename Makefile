@@ -36,6 +36,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.objective
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.teaching_step
 	if [ -d $(DATA)/coco128 ]; then $(BIN)/python -m benchmarks.data_pipeline $(DATA)/coco128; fi
 
 clean:

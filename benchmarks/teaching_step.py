@@ -5,7 +5,7 @@
 The contenders take turns, step by step, on the same batch in the same process, each with detectors of its own from the
 same random weights. A step is forward, losses, backward, AdamW and the moving average. The teacher's forward pass is
 timed inside of the step; what is left is what matching, losses and extra queries add. Writes
-`benchmarks/results/teaching_step.json`.
+`benchmarks/results/teaching_step-cpu.json`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main() -> None:
         "rows": rows,
     }
     args.results.mkdir(exist_ok=True)
-    path = args.results / "teaching_step.json"
+    path = args.results / "teaching_step-cpu.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 

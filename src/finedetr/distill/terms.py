@@ -167,7 +167,7 @@ class PredictionDistillation(Term):
 class SecondBox(Term):
     """Boxes of second targets (OD-DETR): L1 and generalized IoU, counted by how far the box is there already.
 
-    For policies whose teacher does not vote about boxes; a detected IoU of 0 asks for nothing.
+    For policies whose teacher does not vote about boxes. A box that does not overlap asks for nothing.
     """
 
     weight: float = 1.0
