@@ -24,6 +24,17 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert "--resume, --overwrite" in raised.value.hint
 
 
+def test_what_a_run_leaves_that_could_not_begin_is_no_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a")
+    folder.write_json(folder.config, {"epochs": 1})
+    folder.log.write_text("model.mismatch")
+    RunFolder.create(folder.root)
+    assert not list(folder.root.iterdir())
+    folder.append({"kind": "step"})
+    with pytest.raises(UsageError, match="is not empty"):
+        RunFolder.create(folder.root)
+
+
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     folder = run(tmp_path / "a")
     (folder.root / "notes.txt").write_text("mine")

@@ -17,13 +17,12 @@ from finedetr.train.checkpoint import write_atomically
 
 __all__ = ["RunFolder", "find_weights"]
 
+BEFORE = ("config.json", "classes.json", "data_report.json", "train.log")
+"""What is written before the first step."""
 FILES = (
-    "config.json",
-    "classes.json",
-    "data_report.json",
+    *BEFORE,
     "metrics.jsonl",
     "status.json",
-    "train.log",
     "predictions_val.json",
     "evaluation.json",
     "report.html",
@@ -46,13 +45,13 @@ class RunFolder:
             overwrite: Delete what an earlier run wrote there; other files stay.
 
         Raises:
-            UsageError: There is something already (`use.exists`).
+            UsageError: There is something already (`use.exists`), and more than a run leaves that could not begin.
         """
         folder = cls(Path(root))
         if folder.root.exists() and not folder.root.is_dir():
             raise UsageError(f"{root} is a file, a run needs a folder", code="exists")
         if folder.root.is_dir() and any(folder.root.iterdir()):
-            if not overwrite:
+            if not overwrite and not folder._never_began():
                 what = "holds a run" if folder.config.is_file() else "is not empty"
                 raise UsageError(f"{root} {what}", code="exists", hint="Use --resume, --overwrite, or another --out.")
             for name in FILES:
@@ -63,6 +62,12 @@ class RunFolder:
                 shutil.rmtree(folder.root / name, ignore_errors=True)
         folder.root.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _never_began(self) -> bool:
+        """Whether all that is here was written before the first step of a run, which then could not begin."""
+        return {path.name for path in self.root.iterdir()} <= {*BEFORE, *FOLDERS} and not any(
+            path.is_file() for name in FOLDERS for path in (self.root / name).rglob("*")
+        )
 
     @classmethod
     def existing(cls, root: str | Path) -> RunFolder:

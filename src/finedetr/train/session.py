@@ -175,6 +175,10 @@ def resume(
 def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a run, and where its data was."""
     document = folder.read_json(folder.config)
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"{folder.config}: the table of a run is wanted, {type(document).__name__} came", code="schema"
+        )
     try:
         recipe, data = document["recipe"], document["data"]
         wanted = {key: data[key] for key in ("path", "train", "val", "layout")}
