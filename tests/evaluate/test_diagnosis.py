@@ -12,8 +12,9 @@ import pytest
 from finedetr.cli import main
 from finedetr.errors import UsageError
 from finedetr.evaluate.coco import Evaluator, Judged
-from finedetr.evaluate.diagnosis import Confusion, Diagnosis, Goal, diagnose
+from finedetr.evaluate.diagnosis import Goal, diagnose
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.findings import Confusion, Diagnosis
 from finedetr.evaluate.html import report_page
 from finedetr.evaluate.pictures import worst_sheet
 from finedetr.model.detector import Detector

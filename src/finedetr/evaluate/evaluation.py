@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from finedetr.errors import DataError
-from finedetr.evaluate.diagnosis import Diagnosis
+from finedetr.evaluate.findings import Diagnosis
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

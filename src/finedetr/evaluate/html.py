@@ -14,8 +14,8 @@ import numpy as np
 
 from finedetr.errors import DataError, RunError
 from finedetr.evaluate.charts import Curve, line_chart, smoothed
-from finedetr.evaluate.diagnosis import Diagnosis
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.findings import Diagnosis
 
 __all__ = ["report_page", "write_report"]
 
