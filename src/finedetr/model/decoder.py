@@ -190,6 +190,10 @@ class Decoder(nn.Module, ABC):
         for head in self.score_heads:
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, focal_bias())
+        if config.source != "tokens":  # the classic DETRs initialize every matrix so
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                nn.init.xavier_uniform_(layer.self_attention.out.weight)
 
     def forward(
         self,

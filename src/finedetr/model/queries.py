@@ -138,7 +138,7 @@ class LearnedPoints(nn.Module):
         positions, content = learned[..., : self.width], learned[..., self.width :]
         if not content.shape[-1]:
             content = torch.zeros_like(positions)
-        return Queries(content, self.point(positions).sigmoid(), positions)
+        return Queries(content, self.point(positions).float().sigmoid(), positions)
 
 
 class LearnedAnchors(nn.Module):
