@@ -76,6 +76,32 @@ def test_a_step_reaches_every_trainable_parameter(host: str, deim: bool, extras:
     assert ("matching/layer1/FineGrainedLocalization" in losses) == bool(extras)
 
 
+@pytest.mark.parametrize("host", ["conditional-detr-r50", "dab-detr-r50", "deformable-detr-r50-refine", "dino-r50"])
+def test_a_step_in_bfloat16_keeps_places_exact(host: str) -> None:
+    recipe = recipe_of(host, OWN[host])
+    detector = random_detector(recipe.model).train()
+    seen: list[torch.dtype] = []
+    for layer in detector.decoder.layers:
+        layer.cross_attention.register_forward_pre_hook(lambda _, given: seen.append(given[-2].dtype))  # type: ignore[union-attr]
+    losses = step(detector, *batch(), (), recipe.objective, Precision("bf16", CPU))
+    losses.total.backward()
+    assert all(map(torch.isfinite, losses.values()))
+    if not host.startswith(("conditional", "dab")):  # there it is a query, not a place
+        assert set(seen) == {torch.float32}
+
+
+def test_boxes_as_queries_can_be_denoised() -> None:
+    recipe = replace(recipe_of("dab-detr-r50", "dab-detr"), denoise=True)
+    detector = random_detector(recipe.model).train()
+    source = partial(recipe.denoising, classes=CLASSES)
+    losses = step(detector, *batch(), (source,), recipe.objective, Precision("fp32", CPU))
+    losses.total.backward()
+    assert losses["denoising/layer1/BoxL1"] > 0
+    assert detector.label_embedding is not None
+    assert detector.label_embedding.weight.grad is not None
+    assert detector.label_embedding.weight.grad.any()
+
+
 @pytest.mark.parametrize("host", OWN)
 def test_a_batch_without_targets_teaches_only_the_background(host: str) -> None:
     recipe = recipe_of(host, OWN[host], "fdr")

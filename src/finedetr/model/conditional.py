@@ -28,6 +28,9 @@ class SpatialQuery(nn.Module):
         self.width = width
         self.scale = MLP(width, width, width, 2)
         self.size = MLP(width, width, 2, 2) if sized else None
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
 
     def forward(
         self, x: Float[Tensor, "B N D"], references: Float[Tensor, "B N R"], *, first: bool

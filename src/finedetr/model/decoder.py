@@ -195,6 +195,10 @@ class Decoder(nn.Module, ABC):
         for head in self.score_heads:
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, focal_bias())
+        if config.source != "tokens":  # the classic DETRs initialize every matrix so
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                nn.init.xavier_uniform_(layer.self_attention.out.weight)
 
     def forward(
         self,
@@ -220,7 +224,7 @@ class Decoder(nn.Module, ABC):
         keep = positions is not None or self.position_once
         for index, layer in enumerate(self.layers[:count]):
             if positions is None or not keep:
-                positions = self._positions(reference).to(x.dtype)
+                positions = self._positions(reference, x.dtype)
             where = reference if self.spatial is None else self.spatial(x, reference, first=index == 0)
             x = layer(x, positions, where, memory, blocked)
             if all_stages and not self.training:
@@ -228,10 +232,10 @@ class Decoder(nn.Module, ABC):
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
 
-    def _positions(self, boxes: Tensor) -> Tensor:
+    def _positions(self, boxes: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.query_position_head is not None
         boxes = place_code(boxes, self.width // 2) if self.coded else boxes
-        positions: Tensor = self.query_position_head(boxes.to(self.query_position_head.last.weight.dtype))
+        positions: Tensor = self.query_position_head(boxes.to(dtype))
         limit = self.position_limit
         return positions if limit is None else positions.clamp(-limit, limit)
 

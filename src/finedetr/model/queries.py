@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
@@ -13,6 +13,14 @@ from finedetr.model.layers import MLP, focal_bias
 from finedetr.model.sines import sine_code
 
 __all__ = ["Answer", "LearnedAnchors", "LearnedPoints", "Queries", "QuerySelection", "anchor_table", "build_queries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Logits and boxes of one stage, with gradient."""
+
+    logits: Float[Tensor, "B Q C"]
+    boxes: Float[Tensor, "B Q 4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +34,6 @@ class Queries:
     encoder: Answer | None = None  # the stage "encoder" of these queries
     proposals: Answer | None = None  # of all tokens, in training, where classes do not count yet
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Logits and boxes of one stage, with gradient."""
-
-    logits: Float[Tensor, "B Q C"]
-    boxes: Float[Tensor, "B Q 4"]
 
 
 def anchor_table(
@@ -96,13 +96,13 @@ class QuerySelection(nn.Module):
         boxes, kept = answer.boxes.detach(), None if self.training else embedded
         if self.content is not None:
             learned = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
-            return Queries(learned, boxes, None, tokens, answer, None, kept)
+            return Queries(learned, boxes, encoder=answer, tokens=tokens, embedded=kept)
         if self.expand is None or self.expand_norm is None:
-            return Queries(content.detach(), boxes, None, tokens, answer, None, kept)
+            return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
         code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
         positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
         everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
-        return Queries(content, boxes, positions, tokens, proposals=everything, embedded=kept)
+        return Queries(content, boxes, positions, proposals=everything, tokens=tokens, embedded=kept)
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
@@ -151,7 +151,7 @@ class LearnedPoints(nn.Module):
         positions, content = learned[..., : self.width], learned[..., self.width :]
         if not content.shape[-1]:
             content = torch.zeros_like(positions)
-        return Queries(content, self.point(positions).sigmoid(), positions)
+        return Queries(content, self.point(positions).float().sigmoid(), positions)
 
 
 class LearnedAnchors(nn.Module):

@@ -83,13 +83,13 @@ def as_tokens(level: Float[Tensor, "B D H W"]) -> Float[Tensor, "B T D"]:
     return level.flatten(2).transpose(1, 2)
 
 
-def _xavier(*layers: nn.Module) -> None:
-    """The classic DETRs' weights of what is neither attention nor norm."""
-    for layer in layers:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def _xavier(*parts: nn.Module) -> None:
+    """The classic DETRs' weights of what has none of its own kind."""
+    for part in parts:
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight)
+        if isinstance(part, nn.Conv2d) and part.bias is not None:
+            nn.init.zeros_(part.bias)
 
 
 class SingleEncoder(nn.Module):
@@ -113,7 +113,10 @@ class SingleEncoder(nn.Module):
         )
         for layer in self.layers:
             assert isinstance(layer, EncoderLayer)
-            _xavier(layer.self_attention.out, layer.linear1, layer.linear2)  # type: ignore[arg-type]
+            _xavier(layer.linear1, layer.linear2)
+            if isinstance(layer.self_attention, SelfAttention):
+                _xavier(layer.self_attention.out)
+        _xavier(*(self.scale.layers if self.scale is not None else ()))
 
     def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
         """The map, as seen by the transformer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from finedetr.errors import UsageError
 from finedetr.recipes.published import HOSTS, row
 from finedetr.train.recipe import Recipe
 
@@ -22,7 +23,14 @@ def official_groups(base: Recipe) -> Recipe:
     """The official code's groups of the optimizer, quirks included (spec 4.1): for comparisons with it.
 
     The published numbers were reached with these; whether they differ from the intended ones is not known.
+
+    Raises:
+        UsageError: The model is none of D-FINE's, DEIM's or RT-DETRv2's.
     """
+    if base.model.classic:
+        raise UsageError(
+            f"the official groups are those of dfine and rtdetrv2 models, {base.model.name} is none", code="conflict"
+        )
     table = HOSTS[base.model.decoder.boxes][base.name.startswith("deim")]
     return replace(base, optimizer=replace(base.optimizer, grouping=row(table, base.model.name).groups))
 
