@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from finedetr.supervise.terms import BoxGIoU, BoxL1, Focal
 from finedetr.train.optimizer import parameter_groups
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import Drop
-from finedetr.train.step import Precision, step
+from finedetr.train.step import Precision, Source, step
 from tests.model.classic import CLASSES, random_detector, small
 
 CPU = torch.device("cpu")
@@ -45,13 +44,18 @@ def recipe_of(host: str, name: str, *extras: str) -> Recipe:
     return build(small(host, layers=2), name, extras, random_start=False)
 
 
+def denoising(recipe: Recipe) -> Source:
+    """Denoising queries of a batch's targets."""
+    return lambda targets, _: recipe.denoising(targets, CLASSES)
+
+
 @pytest.mark.parametrize("extras", [(), ("fdr",)])
 @pytest.mark.parametrize("deim", [False, True])
 @pytest.mark.parametrize("host", OWN)
 def test_a_step_reaches_every_trainable_parameter(host: str, deim: bool, extras: tuple[str, ...]) -> None:
     recipe = recipe_of(host, "deim" if deim else OWN[host], *extras)
     detector = random_detector(recipe.model).train()
-    sources = (partial(recipe.denoising, classes=CLASSES),) if recipe.denoise else ()
+    sources = (denoising(recipe),) if recipe.denoise else ()
     images, targets = batch()
     losses = step(detector, images, targets, sources, recipe.objective, Precision("fp32", CPU))
     losses.total.backward()
@@ -93,7 +97,7 @@ def test_a_step_in_bfloat16_keeps_places_exact(host: str) -> None:
 def test_boxes_as_queries_can_be_denoised() -> None:
     recipe = replace(recipe_of("dab-detr-r50", "dab-detr"), denoise=True)
     detector = random_detector(recipe.model).train()
-    source = partial(recipe.denoising, classes=CLASSES)
+    source = denoising(recipe)
     losses = step(detector, *batch(), (source,), recipe.objective, Precision("fp32", CPU))
     losses.total.backward()
     assert losses["denoising/layer1/BoxL1"] > 0

@@ -49,6 +49,8 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
     """
     encoder, decoder = config.encoder, config.decoder
     resnet = config.backbone.name in RESNETS
+    if config.classic:
+        raise ModelError(f"{config.name} is read from transformers, and not written for it", code="unsupported")
     if not has_twin(config):
         raise ModelError(
             f"transformers has no model like {config.name!r}",
