@@ -19,14 +19,14 @@ CLASSES = 5
 RESNETS["tiny"] = ResNetTable((1, 1, 1, 2), bottleneck=False, plain=True)
 
 
-def small(name: str, *, layers: int = 3, queries: int = 7, **decoder: Any) -> ModelConfig:
+def small(name: str, *, layers: int = 3, encoders: int = 2, queries: int = 7, **decoder: Any) -> ModelConfig:
     """A row of the table with a small backbone, few layers and few queries."""
     row = variant(name)
     return replace(
         row,
         name=f"small-{name}",
         backbone=replace(row.backbone, name="tiny"),
-        encoder=replace(row.encoder, width=64, feedforward=32, layers=2, heads=4),
+        encoder=replace(row.encoder, width=64, feedforward=32, layers=encoders, heads=4),
         decoder=replace(row.decoder, width=64, feedforward=48, layers=layers, heads=4, queries=queries, **decoder),
     )
 

@@ -36,7 +36,7 @@ COUNTS = {  # at COCO's 91 outputs; `transformers` has the same, DAB-DETR but fo
 
 
 def host(name: str, boxes: str) -> ModelConfig:
-    config = small(name, layers=2)
+    config = small(name, layers=2, encoders=1)
     return (
         config
         if boxes == "plain"

@@ -41,7 +41,7 @@ def batch(counts: tuple[int, ...] = (3, 0)) -> tuple[torch.Tensor, Targets]:
 
 
 def recipe_of(host: str, name: str, *extras: str) -> Recipe:
-    return build(small(host, layers=2), name, extras, random_start=False)
+    return build(small(host, layers=2, encoders=1), name, extras, random_start=False)
 
 
 def denoising(recipe: Recipe) -> Source:
