@@ -7,6 +7,7 @@ import pytest
 
 import finedetr
 from finedetr.errors import ModelError, UsageError
+from finedetr.train.recipe import Recipe
 from tests.train.conftest import one_thread as one_thread
 from tests.train.small import draw, small_recipe
 
@@ -71,6 +72,14 @@ def test_a_run_goes_on_and_starts_others(run: object, data: Path, tmp_path: Path
 def test_an_unknown_setting_is_a_type_error_with_a_suggestion(settings: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         finedetr.train("nowhere", **settings)
+
+
+def test_what_a_recipe_has_already_is_not_said_again(tmp_path: Path) -> None:
+    for said in ({"model": "dfine-n"}, {"extras": ["fdr"]}):
+        with pytest.raises(UsageError, match="a Recipe has its model and its papers"):
+            finedetr.train("nowhere", recipe=Recipe(), **said)
+    with pytest.raises(UsageError, match="no part of the recipe dfine listens to a teacher"):
+        finedetr.train("nowhere", recipe=Recipe(), teacher=__file__)
 
 
 def test_errors_of_the_front_door_are_ours(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from finedetr.data.formats import open_dataset
 from finedetr.detections import Detections
-from finedetr.errors import did_you_mean
+from finedetr.errors import UsageError, did_you_mean
 from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Precision
@@ -19,15 +19,14 @@ from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.evaluate.sources import Source
 from finedetr.model.detector import Detector
 from finedetr.model.publish import push
-from finedetr.model.weights import Card, load_weights, read_card
-from finedetr.model.zoo import variant
-from finedetr.recipes import build
+from finedetr.model.weights import Card, load_weights
+from finedetr.recipes import recipe_for
 from finedetr.train.callbacks import Callback, Callbacks
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.loop import Result
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, begin, saved_recipe
+from finedetr.train.session import Request, begin, default_folder, saved_recipe
 from finedetr.train.session import resume as resume_run
 from finedetr.train.template import read_template
 
@@ -212,7 +211,7 @@ def train(
         data: Folder of a data set (COCO, YOLO, VOC, CSV), or its JSON, YAML or CSV.
         model: Name of a model; None: that of `weights`, else dfine-s.
         out: Folder of the run; None: runs/DATA-MODEL.
-        recipe: A name, or a `Recipe` as it shall be.
+        recipe: A name, or a `Recipe` as it shall be, model and papers included.
         extras: Names for `--with`.
         config: A run that this one starts like (its folder or config.json; `recipe`, `extras` and `model` are then its
             own, and so are its weights where none are given), or a recipe or a part of one in JSON, on top of `recipe`.
@@ -243,30 +242,32 @@ def train(
         weights, backbone_weights, teacher = (given[name] or before[name] for name in given)
     start = find_weights(weights) if weights is not None else None
     if isinstance(recipe, Recipe):
+        if model is not None or extras:
+            raise UsageError(
+                "train(): a Recipe has its model and its papers; model and extras would change nothing",
+                code="conflict",
+                hint="Give the name of a recipe, or a Recipe made with finedetr.recipes.recipe_for(model, ...).",
+            )
         made = recipe
     else:
-        card = read_card(start) if start else None
-        chosen = variant(model) if model else card.config if card else variant("dfine-s")
-        made = build(
-            chosen,
+        made = recipe_for(
+            model,
             recipe,
             tuple(extras),
-            random_start=card is None and backbone_weights is None,
+            weights=start,
+            backbone_weights=backbone_weights is not None,
             teacher=teacher is not None,
         )
-        if card is not None:
-            made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
     changed = [*settings, *(["device"] if device != "auto" else [])]
     if file is not None:
         made = file.over(made, changed)
     if queries is not None:
         made = replace(made, model=replace(made.model, decoder=replace(made.model.decoder, queries=queries)))
     made = _with_settings(made, settings, "train()")
-    folder = Path(out) if out is not None else Path("runs") / f"{Path(data).resolve().stem}-{made.model.name}"
     request = Request(
         Path(data),
         made,
-        folder,
+        Path(out) if out is not None else default_folder(Path(data), made),
         weights=start,
         backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
         teacher=find_weights(teacher) if teacher is not None else None,

@@ -209,7 +209,8 @@ def test_training_is_not_repeated_over_a_run_and_goes_on(
 ) -> None:
     assert main(["train", "--data", str(data), "--out", str(run), *TINY]) == 2
     assert "use.exists" in capsys.readouterr().err
-    assert main(["train", "--resume", str(run), "--weights", str(run)]) == 2
+    for more in (["--weights", str(run)], ["--dry-run"], ["--train-split", "val"]):
+        assert main(["train", "--resume", str(run), *more]) == 2
     assert "exclude each other" in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--lr", "3"]) == 2
     assert "these differ: lr" in capsys.readouterr().err

@@ -102,4 +102,7 @@ def test_the_average_is_silent_without_strength() -> None:
     assert loud.average is not None
     assert loud.average.strength == 0.3
     assert loud.size == (64, 64)
-    assert teachers.calls == 2
+    assert teachers.seconds > 0
+    said = [teachers.price(0.5) for _ in range(20)]
+    assert [bool(line) for line in said].count(True) == 1
+    assert "of 0.500 s" in str(said[13])

@@ -5,6 +5,8 @@ torchrun --nproc-per-node N -m tests.train.pair DATA OUT BATCH CASE
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finedetr.errors import Interrupted
 from finedetr.recipes import PAPERS
 from finedetr.supervise.terms import LocalizationDistillation
 from finedetr.train.distributed import open_world
@@ -20,13 +23,50 @@ from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter
 from finedetr.train.loop import Run
 from finedetr.train.recipe import Teaching
-from finedetr.train.session import open_data
+from finedetr.train.session import Request, begin, open_data, resume
 from tests.distill.small import weights_of
 from tests.train.small import small_recipe
 
 
+def stopped(data: str, out: str) -> None:
+    """A run with evaluations that somebody stops by a signal to its last process alone, between two epochs."""
+    from finedetr.train import loop
+
+    real, rank = loop.evaluate_detector, int(os.environ["RANK"])
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        answer = real(*args, **kwargs)
+        if rank:
+            signal.raise_signal(signal.SIGINT)
+        return answer
+
+    loop.evaluate_detector = evaluate
+    request = Request(Path(data), small_recipe(epochs=2), Path(out) / "run", device="cpu", quiet=True)
+    try:
+        begin(request)
+    except Interrupted as error:
+        torch.save({"losses": [], "model": {}, "said": error.hint}, Path(out) / f"stopped-2-{rank}.pt")
+
+
+def resumed(out: str) -> None:
+    """The same run to its end."""
+    result, rank = resume(Path(out) / "run", device="cpu", quiet=True), int(os.environ["RANK"])
+    torch.save({"losses": [], "model": {}, "epochs": result.epochs}, Path(out) / f"resumed-2-{rank}.pt")
+
+
 def main(data: str, out: str, batch: str, case: str) -> None:
     torch.set_num_threads(1)
+    match case:
+        case "stopped":
+            stopped(data, out)
+        case "resumed":
+            resumed(out)
+        case _:
+            steps(data, out, batch, case)
+
+
+def steps(data: str, out: str, batch: str, case: str) -> None:
+    """Some steps whose losses are kept."""
     recipe = small_recipe(epochs=1, batch=int(batch), precision="fp32")
     recipe = replace(recipe, augmentation=replace(recipe.augmentation, mixup=0.0), lr=1e-3)
     if case != "denoising":  # its noise differs from process to process

@@ -99,10 +99,19 @@ def test_a_bad_batch_of_one_process_is_passed_over_by_all(data: Path, tmp_path: 
     assert "is nan" in messages[1]
 
 
+def test_a_signal_to_one_process_stops_all_and_they_go_on_together(data: Path, tmp_path: Path) -> None:
+    states = pair(2, data, tmp_path, 4, "stopped")
+    assert all("--resume" in state["said"] for state in states)
+    assert [state["epochs"] for state in pair(2, data, tmp_path, 4, "resumed")] == [2, 2]
+    folder = RunFolder.existing(tmp_path / "run")
+    assert folder.read_json(folder.status)["state"] == "finished"
+    assert [record["epoch"] for record in folder.records() if record["kind"] == "evaluation"] == [0, 1]
+
+
 def test_one_process_needs_no_variables() -> None:
     with open_world("cpu") as world:
         assert (world.size, world.main, world.total([1.0, 2.0]), world.largest([3.0])) == (1, True, [1.0, 2.0], [3.0])
-    assert World().wrap(torch.nn.Linear(1, 1), sync_norms=True, unused=False).training
+    assert World().wrap(torch.nn.Linear(1, 1), unused=False).training
 
 
 @pytest.mark.parametrize(

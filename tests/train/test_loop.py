@@ -16,7 +16,7 @@ from finedetr.train import loop
 from finedetr.train.checkpoint import load_state
 from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter, clock
-from finedetr.train.session import Request, begin, open_data, resume
+from finedetr.train.session import Request, begin, open_data, resume, saved_recipe
 from tests.train.small import draw, small_recipe
 
 
@@ -40,18 +40,23 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *aps: float) -> None:
     monkeypatch.setattr(loop, "evaluate_detector", evaluate)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
-) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Somebody stops the run right after so many steps."""
     real = loop.Run._tell
 
     def tell(self: loop.Run, *args: Any) -> None:
         real(self, *args)
-        if self.progress.total == 1:
+        if self.progress.total == steps:
             signal.raise_signal(number)
 
     monkeypatch.setattr(loop.Run, "_tell", tell)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    stop_after(monkeypatch, 1, number)
     with pytest.raises(Interrupted, match="--resume") as raised:
         begin(request(data, tmp_path / "a"))
     assert raised.value.exit == status
@@ -67,14 +72,7 @@ def test_a_balanced_run_stopped_within_an_epoch_goes_on_exactly(
 ) -> None:
     balanced = {"epochs": 1, "batch": 1, "balance": 1.0}
     begin(request(data, tmp_path / "whole", **balanced))
-    real = loop.Run._tell
-
-    def tell(self: loop.Run, *args: Any) -> None:
-        real(self, *args)
-        if self.progress.total == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop.Run, "_tell", tell)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         begin(request(data, tmp_path / "broken", **balanced))
     monkeypatch.undo()
@@ -83,6 +81,36 @@ def test_a_balanced_run_stopped_within_an_epoch_goes_on_exactly(
     assert again.steps == whole["progress"]["total"] > len(open_data(data).train)
     assert all(torch.equal(tensor, broken["model"][name]) for name, tensor in whole["model"].items())
     assert "pictures come more often" in RunFolder(tmp_path / "whole").log.read_text()
+
+
+def test_dropout_without_denoising_goes_on_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_recipe().model
+    model = replace(model, encoder=replace(model.encoder, dropout=0.2))
+    plain: dict[str, Any] = {"epochs": 1, "batch": 1, "denoise": False, "model": model}
+    begin(request(data, tmp_path / "whole", **plain))
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        begin(request(data, tmp_path / "broken", **plain))
+    monkeypatch.undo()
+    torch.rand(7)  # another process has another state
+    resume(tmp_path / "broken", device="cpu", quiet=True)
+    whole, broken = (load_state(RunFolder(tmp_path / name).last)["model"] for name in ("whole", "broken"))
+    assert all(torch.equal(tensor, broken[name]) for name, tensor in whole.items())
+
+
+def test_a_signal_in_the_last_evaluation_lets_the_run_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.evaluate_detector
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate_detector", evaluate)
+    begin(request(data, tmp_path / "a", epochs=1))
+    assert RunFolder(tmp_path / "a").read_json(RunFolder(tmp_path / "a").status)["state"] == "finished"
+    assert (tmp_path / "a" / "report.html").is_file()
 
 
 def test_patience_ends_a_run_without_progress(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +159,10 @@ def test_a_time_budget_shortens_the_run_and_its_schedule(data: Path, tmp_path: P
     assert progress["limit"] == 100_000
     assert progress["epochs"] < 1000
     assert "the schedule follows" in folder.log.read_text()
+    with pytest.raises(UsageError, match="has done all of its"):
+        resume(tmp_path / "a", device="cpu", quiet=True)
+    longer = replace(saved_recipe(folder)[0], max_time=result.seconds + 1.5)
+    assert resume(tmp_path / "a", longer, device="cpu", quiet=True).epochs > result.epochs
 
 
 def test_a_run_that_its_time_budget_ends_is_evaluated_all_the_same(data: Path, tmp_path: Path) -> None:
@@ -146,8 +178,11 @@ def test_without_a_split_for_evaluation_the_last_weights_are_kept(data: Path, tm
     only = tmp_path / "data"
     draw(only, train=4, val=1)
     (only / "annotations" / "instances_val.json").unlink()
-    result = begin(request(only, tmp_path / "a", epochs=1))
+    recipe = small_recipe(epochs=6)
+    recipe = replace(recipe, schedule=replace(recipe.schedule, plain=0.34, restart=True))  # from what best?
+    result = begin(Request(only, recipe, tmp_path / "a", device="cpu", quiet=True))
     assert result.evaluation is None
+    assert load_state(RunFolder(tmp_path / "a").last)["progress"]["restarts"] == 0
     folder = RunFolder(tmp_path / "a")
     assert folder.best_weights.is_file()
     assert not folder.evaluation.exists()

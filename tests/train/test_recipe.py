@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from finedetr.errors import ConfigError, DataError, UsageError
+from finedetr.model.detector import Detector
+from finedetr.model.weights import Card, save_weights
 from finedetr.model.zoo import ZOO, variant
-from finedetr.recipes import PAPERS, RECIPES, build
+from finedetr.recipes import PAPERS, RECIPES, build, recipe_for
 from finedetr.recipes.published import DEIM, DFINE, row
 from finedetr.supervise.matching import PerStage, QualityCost
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.recipe import Average, Recipe, Schedule
 from finedetr.train.schedule import FlatCosine, WarmupConstant
+from tests.model.test_rtdetrv2 import TINY_RTDETR
 from tests.train.tiny import TINY
 
 COCO = 118_287  # training pictures
@@ -218,9 +221,11 @@ def test_the_flags_of_a_run_are_documented() -> None:
 
 def test_late_matching_changes_the_cost_only_in_the_last_part() -> None:
     recipe = replace(build(variant("dfine-s"), "deim", ("late-matching",), random_start=False), epochs=132)
-    assert recipe.objective_at(99) == recipe.objective
-    assert isinstance(recipe.objective_at(100).policy.cost, QualityCost)  # type: ignore[attr-defined]
-    assert recipe.objective_at(100).terms == recipe.objective.terms
+    assert recipe.objective_at(99, recipe.epochs) == recipe.objective
+    assert isinstance(recipe.objective_at(100, recipe.epochs).policy.cost, QualityCost)  # type: ignore[attr-defined]
+    assert recipe.objective_at(100, recipe.epochs).terms == recipe.objective.terms
+    # where a time budget left five epochs of it, the last one is late
+    assert [recipe.objective_at(epoch, 5) == recipe.objective for epoch in range(5)] == [True] * 4 + [False]
 
 
 def test_a_restart_shortens_the_memory() -> None:
@@ -233,6 +238,42 @@ def test_a_restart_shortens_the_memory() -> None:
 def test_a_misspelled_recipe_is_suggested(recipe: str, extras: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match="Did you mean"):
         build(TINY, recipe, extras, random_start=True)
+
+
+def test_a_paper_for_recipe_names_the_flag_of_papers() -> None:
+    with pytest.raises(UsageError, match="no recipe is called 'fdr'") as raised:
+        build(TINY, "fdr", random_start=True)
+    assert "--with fdr" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("evaluating", {"every": 0}, r"evaluating\.every: 1 or more is wanted, 0 came"),
+        ("optimizer", {"betas": (1.5, 0.9)}, r"optimizer\.betas"),
+        ("schedule", {"warmup_steps": -5}, r"schedule\.warmup_steps: 0 or more is wanted, -5 came"),
+        ("schedule", {"gamma": -1.0}, r"schedule\.gamma: 0 to 1 is wanted, -1\.0 came"),
+        ("schedule", {"late_matching": -7.0}, r"schedule\.late_matching"),
+        ("saving", {"seconds": 0.0}, "saving: wanted seconds above 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(part: str, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(getattr(Recipe(), part), **values)
+
+
+def test_two_forms_of_one_paper_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two sources of queries of the kind PredictionQueries"):
+        build(TINY, "deim", ("od-detr", "od-detr-paper"), random_start=True)
+
+
+def test_weights_keep_their_model_and_papers_still_change_it(tmp_path: Path) -> None:
+    config = replace(TINY_RTDETR, name="mine")
+    path = save_weights(tmp_path / "a.safetensors", Detector(config, 2), Card(config, ("a", "b"), (1, 2), (64, 96)))
+    recipe = recipe_for(extras=("fdr",), weights=path)
+    assert (recipe.model.decoder.boxes, recipe.size) == ("distributions", (64, 96))
+    assert "FineGrainedLocalization" in recipe.objective.names
+    assert recipe_for(weights=path).model == config
 
 
 def test_an_odd_batch_names_its_parts() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from finedetr.distill import teachers
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
 from finedetr.errors import Interrupted, UsageError
@@ -83,10 +84,10 @@ def test_teachers_of_no_weight_leave_a_run_as_it_is(data: Path, teacher: Path, t
         sources=tuple(replace(source, weight=0.0) for source in recipe.sources),
     )
     assert recipe.teachers == ()
-    silent = ran(data, recipe, tmp_path / "silent", teacher)
+    silent = ran(data, recipe, tmp_path / "silent")
     assert losses(silent) == losses(plain)
     # somebody speaks, but what it says has no weight
-    some = replace(recipe, sources=(*recipe.sources[:-1], QueryPrior(weight=1e-30)))
+    some = replace(recipe, sources=(QueryPrior(weight=1e-30), *recipe.sources[1:]))
     assert some.teachers == ("frozen",)
     own = [{k: v for k, v in step.items() if k.startswith("matching")} for step in losses(plain)]
     heard = losses(ran(data, some, tmp_path / "heard", teacher))
@@ -164,7 +165,8 @@ def test_a_teacher_of_other_classes_is_matched_by_name(data: Path, tmp_path: Pat
 def test_the_share_of_the_teachers_is_said(
     data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "PROBE", 2)
+    monkeypatch.setattr(teachers, "_PRICED", 3)
+    monkeypatch.setattr(teachers, "_WARMING", 1)
     folder = ran(data, taught("detrdistill"), tmp_path / "a", teacher)
     assert "% to a step" in folder.log.read_text()
 

@@ -12,15 +12,11 @@ import tyro
 
 from finedetr.cli.flags import output, parse, peek, spell
 from finedetr.errors import UsageError, did_you_mean
-from finedetr.model.weights import read_card
-from finedetr.model.zoo import variant
-from finedetr.recipes import PAPERS, RECIPES, build
+from finedetr.recipes import PAPERS, RECIPES, recipe_for
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, begin, resume, saved_recipe
+from finedetr.train.session import Request, begin, default_folder, resume, saved_recipe
 from finedetr.train.template import Template, read_template
-
-MODEL = "dfine-s"  # where neither --model nor --weights says what to train
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,12 @@ class Train:
     """Folder of a data set (COCO, YOLO, VOC, CSV), or its JSON, YAML or CSV. Required but for --resume."""
     model: str | None = None
     """Name of a model (`finedetr models`). Unset: that of --weights, else dfine-s."""
-    recipe: str = "deim"
-    """Base of the recipe: deim or dfine."""
-    with_: Annotated[tuple[str, ...], tyro.conf.arg(name="with")] = ()
-    """Papers and variations on top of it."""
+    recipe: Annotated[str, tyro.conf.arg(help=f"Base of the recipe: {', '.join(RECIPES)}. deim fits every model.")] = (
+        "deim"
+    )
+    with_: Annotated[
+        tuple[str, ...], tyro.conf.arg(name="with", help=f"Papers and variations on top of it: {', '.join(PAPERS)}.")
+    ] = ()
     config: Path | None = None
     """Start with the configuration of a run (its folder or config.json; also its data and weights where no flag says
     them), or with a recipe or a part of one in JSON. Flags go before it."""
@@ -82,11 +80,10 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if flags.data is None:
         raise UsageError("train needs --data", code="required", hint="Such as: finedetr train --data pictures/")
     recipe = flags.settings
-    out = flags.out or Path("runs") / f"{flags.data.resolve().stem}-{recipe.model.name}"
     request = Request(
         flags.data,
         recipe,
-        out,
+        flags.out or default_folder(flags.data, recipe),
         weights=find_weights(flags.weights) if flags.weights else None,
         backbone_weights=flags.backbone_weights,
         teacher=find_weights(flags.teacher) if flags.teacher else None,
@@ -123,6 +120,9 @@ def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
         "teacher",
         "out",
         "layout",
+        "train-split",
+        "val-split",
+        "dry-run",
     )
     for name in fixed:
         if f"--{name}" in words:
@@ -152,23 +152,14 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
     if where:
         return saved_recipe(RunFolder.existing(where[0]))[0]
     recipe, model, weights = (peek(words, f"--{name}")[:1] for name in ("recipe", "model", "weights"))
-    card = read_card(find_weights(weights[0])) if weights else None
-    if recipe and recipe[0] not in RECIPES:
-        raise UsageError(
-            f"no recipe is called {recipe[0]!r}", code="unknown_key", hint=did_you_mean(recipe[0], [*RECIPES, *PAPERS])
-        )
-    config = variant(model[0]) if model else card.config if card else variant(MODEL)
-    made = build(
-        config,
-        (recipe or ["deim"])[0],
+    return recipe_for(
+        model[0] if model else None,
+        recipe[0] if recipe else "deim",
         tuple(peek(words, "--with")),
-        random_start=card is None and not peek(words, "--backbone-weights"),
+        weights=find_weights(weights[0]) if weights else None,
+        backbone_weights=bool(peek(words, "--backbone-weights")),
         teacher=bool(peek(words, "--teacher")),
     )
-    if card is None:
-        return made
-    # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed
-    return replace(made, model=config if model else card.config, size=card.size, mean=card.mean, std=card.std)
 
 
 def _template(words: Sequence[str], changed: Sequence[str]) -> Template | None:

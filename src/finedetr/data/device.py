@@ -15,7 +15,7 @@ from finedetr.data.transforms import Augmentation, Windows
 from finedetr.errors import ConfigError
 from finedetr.records import Batch, Targets
 
-__all__ = ["OnDevice", "base_sizes", "mix", "normalize"]
+__all__ = ["OnDevice", "base_sizes", "denormalize", "mix", "normalize"]
 
 STRIDE = 32
 MIX = 2  # the stream of random numbers, beside those of the loader
@@ -74,8 +74,21 @@ def normalize(
     """(images - mean) / std for each channel; unchanged without them."""
     if mean is None or std is None:
         return images
-    shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    shift, scale = _channels(images, mean), _channels(images, std)
     return (images - shift) / scale
+
+
+def denormalize(
+    images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Float[Tensor, "B 3 H W"]:
+    """The inverse of `normalize`."""
+    if mean is None or std is None:
+        return images
+    return images * _channels(images, std) + _channels(images, mean)
+
+
+def _channels(images: Tensor, values: tuple[float, ...]) -> Float[Tensor, "1 3 1 1"]:
+    return torch.tensor(values, device=images.device).view(1, 3, 1, 1)
 
 
 def mix(images: Float[Tensor, "B 3 H W"], targets: Targets, share: float) -> tuple[Float[Tensor, "B 3 H W"], Targets]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finedetr.data.device import denormalize, normalize
 from finedetr.distill.terms import FeatureDistillation
 from finedetr.errors import ConfigError, DataError
 from finedetr.model.detector import Detector
@@ -98,9 +99,7 @@ class Teacher:
     def _view(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         """The pictures as the teacher was trained to see them."""
         if self.given != self.wanted:
-            for (mean, std), back in ((self.given or _NONE, True), (self.wanted or _NONE, False)):
-                shift, width = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-                images = images * width + shift if back else (images - shift) / width
+            images = normalize(denormalize(images, *(self.given or _NONE)), *(self.wanted or _NONE))
         stride = self.detector.config.largest_stride
         size = tuple(max(stride, round(side * self.scale / stride) * stride) for side in images.shape[-2:])
         if size == tuple(images.shape[-2:]):
@@ -116,7 +115,7 @@ class Teacher:
         return replace(said, logits=logits, boxes=said.boxes.float())
 
 
-_NONE: Normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+_NONE = (None, None)
 
 
 class Adapters(nn.Module):
@@ -173,14 +172,16 @@ class Teachers:
         frozen: Another detector.
         average: The student's moving average.
         adapters: Of the frozen teacher's feature terms.
-        seconds: Spent here, over `calls`.
+        seconds: Spent here; on a GPU true for the first steps only.
     """
 
     frozen: Teacher | None = None
     average: Teacher | None = None
     adapters: Adapters | None = None
     seconds: float = 0.0
-    calls: int = 0
+    _steps: int = 0  # counted for their price ...
+    _since: float = 0.0  # ... and what `seconds` was when a process had warmed up
+    _total: float = 0.0  # seconds of the steps since then
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Targets, strength: float = 1.0) -> Guidance:
         """What they say about a batch; the average with so much strength, and not at all with none."""
@@ -190,8 +191,25 @@ class Teachers:
             frozen = replace(frozen, adapt=self.adapters)
         average = self.average(images, targets, strength) if self.average and strength > 0 else None
         self.seconds += self._clock(images) - begin
-        self.calls += 1
         return Guidance((int(images.shape[-2]), int(images.shape[-1])), frozen, average)
+
+    def price(self, step: float) -> str | None:
+        """What they add to a step, said once, after the first steps of a process.
+
+        Args:
+            step: Seconds of the step that has just been done.
+        """
+        self._steps += 1
+        self._total += step
+        if self._steps == _WARMING:
+            self._since, self._total = self.seconds, 0.0
+        if self._steps != _PRICED:
+            return None
+        spent, steps = self.seconds - self._since, _PRICED - _WARMING
+        return (
+            f"teachers add {spent / max(self._total - spent, 1e-9):.0%} to a step ({spent / steps:.3f} of "
+            f"{self._total / steps:.3f} s), and what their terms and queries need"
+        )
 
     def lines(self) -> list[str]:
         """Who teaches, for the beginning of a log."""
@@ -214,9 +232,10 @@ class Teachers:
         return said
 
     def _clock(self, images: Tensor) -> float:
-        if images.is_cuda and self.calls < _MEASURED:
+        if images.is_cuda and self._steps < _PRICED:
             torch.cuda.synchronize(images.device)
         return time.perf_counter()
 
 
-_MEASURED = 20  # calls whose time is true on a GPU; later ones do not wait for it
+_WARMING = 2  # steps of a process that say nothing about the speed
+_PRICED = 14  # steps after which the price is known; on a GPU later ones do not wait for it

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from finedetr.errors import UsageError, did_you_mean
 from finedetr.model.config import ModelConfig
-from finedetr.model.zoo import published_input
+from finedetr.model.weights import Card, read_card
+from finedetr.model.zoo import published_input, variant
 from finedetr.recipes.conditional import conditional_detr
 from finedetr.recipes.dab import dab_detr
 from finedetr.recipes.deformable import deformable_detr
@@ -37,9 +39,12 @@ __all__ = [
     "dino",
     "fdr",
     "od_detr",
+    "recipe_for",
     "rtdetrv2",
     "scratch",
 ]
+
+MODEL = "dfine-s"  # where nobody says what to train
 
 RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
     "conditional-detr": conditional_detr,
@@ -68,16 +73,48 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
 """What `--with` puts on top, in the order given."""
 
 
-def build(
-    model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = (), *, random_start: bool, teacher: bool = False
+def recipe_for(
+    model: str | None = None,
+    recipe: str = "deim",
+    extras: tuple[str, ...] = (),
+    *,
+    weights: Path | None = None,
+    backbone_weights: bool = False,
+    teacher: bool = False,
 ) -> Recipe:
-    """The recipe of a command line, before its flags.
+    """The recipe of a run before its settings, from what a user says.
+
+    Args:
+        model: A name; None: that of the weights, else dfine-s.
+        recipe: As in `build`.
+        extras: As in `build`.
+        weights: The file of the detector that the run starts from.
+        backbone_weights: A backbone's weights are given.
+        teacher: As in `build`.
+    """
+    card = read_card(weights) if weights else None
+    chosen = variant(model) if model else card.config if card else variant(MODEL)
+    random_start = card is None and not backbone_weights
+    return build(chosen, recipe, extras, random_start=random_start, card=card, teacher=teacher)
+
+
+def build(
+    model: ModelConfig,
+    recipe: str = "deim",
+    extras: tuple[str, ...] = (),
+    *,
+    random_start: bool,
+    card: Card | None = None,
+    teacher: bool = False,
+) -> Recipe:
+    """A recipe by its names.
 
     Args:
         model: What is trained.
         recipe: A name of `RECIPES`.
         extras: Names of `PAPERS`, applied in order.
         random_start: No weights are given: adapt what presumes a pretrained backbone (`scratch`).
+        card: Of given weights: the model stays what it is (no twin of DEIM's), and so do its size and normalization.
         teacher: A frozen teacher is given: where no name of `extras` makes use of it, `detrdistill` does.
 
     Raises:
@@ -88,6 +125,8 @@ def build(
     base = _find(RECIPES, recipe, "recipe")(base)
     if random_start:
         base = scratch(base)
+    if card is not None:
+        base = replace(base, model=model, size=card.size, mean=card.mean, std=card.std)
     for name in extras:
         before = base.name
         base = _find(PAPERS, name, "paper for --with")(base)
@@ -99,5 +138,8 @@ def build(
 
 def _find(table: dict[str, Callable[[Recipe], Recipe]], name: str, what: str) -> Callable[[Recipe], Recipe]:
     if name not in table:
-        raise UsageError(f"no {what} is called {name!r}", code="unknown_key", hint=did_you_mean(name, table))
+        other = "--with" if table is RECIPES else "--recipe"
+        found = name in RECIPES or name in PAPERS
+        hint = f"It goes with another flag: {other} {name}" if found else did_you_mean(name, table)
+        raise UsageError(f"no {what} is called {name!r}", code="unknown_key", hint=hint)
     return table[name]

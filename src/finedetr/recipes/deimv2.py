@@ -27,7 +27,8 @@ def deimv2(base: Recipe) -> Recipe:
     Expect (published, COCO val2017 AP, pretrained backbone): Atto 23.8, Femto 31.0, Pico 38.5, N 43.0, S 50.9, M 53.0,
     L 56.0, X 57.8. Not checked by us on COCO.
     """
-    published = DEIMV2.get(base.model.name.partition("-")[2], DEIMV2["s"])
+    size = base.model.name.removeprefix("deim-").partition("-")[2]
+    published = DEIMV2.get(size, DEIMV2["s"])
     host = dfine if base.model.decoder.boxes == "distributions" else rtdetrv2
     recipe = with_numbers(host(base), published)
     objective = (

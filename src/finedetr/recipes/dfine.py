@@ -7,9 +7,6 @@ from dataclasses import replace
 from finedetr.errors import UsageError
 from finedetr.recipes.published import DFINE, Published, row
 from finedetr.supervise.denoising import Denoising
-from finedetr.supervise.matching import UnionOfStages
-from finedetr.supervise.objective import Objective
-from finedetr.supervise.terms import BoxGIoU, BoxL1, FineGrainedLocalization, LocalizationDistillation, Varifocal
 from finedetr.train.recipe import Average, Optimizer, Recipe, Schedule
 
 __all__ = ["dfine", "with_numbers"]
@@ -40,9 +37,7 @@ def dfine(base: Recipe) -> Recipe:
         schedule=replace(recipe.schedule, curve="constant", warmup_steps=500),
         denoise=True,
         denoising=Denoising(),
-        objective=Objective(
-            (Varifocal(), BoxL1(), BoxGIoU(), FineGrainedLocalization(), LocalizationDistillation()), UnionOfStages()
-        ),
+        objective=Recipe().objective,  # what a recipe minimizes if nobody says anything is D-FINE's
     )
 
 

@@ -27,7 +27,7 @@ def official_groups(base: Recipe) -> Recipe:
     Raises:
         UsageError: The model is none of D-FINE's, DEIM's or RT-DETRv2's.
     """
-    if base.model.classic:
+    if base.model.classic or base.model.name.startswith("deimv2"):
         raise UsageError(
             f"the official groups are those of dfine and rtdetrv2 models, {base.model.name} is none", code="conflict"
         )

@@ -97,6 +97,8 @@ def build_student(
         origins = transfer_weights(detector, names, start.weights).rows()
     if start.backbone:
         origins = load_backbone(detector, start.backbone)
+    if recipe.sync_norms:  # in place, and before anybody remembers a norm
+        world.join_norms(detector)
     frozen = freeze(detector, recipe)
     detector.to(world.device)
     if recipe.channels_last:
@@ -116,18 +118,9 @@ def build_student(
     )
     teachers = _teachers(recipe, detector, average, names, world, teacher)
     if teachers is not None and teachers.adapters is not None:
-        rate = recipe.lr or options.lr
-        groups.append(
-            {
-                "name": "adapters",
-                "params": list(teachers.adapters.parameters()),
-                "lr": rate,
-                "initial_lr": rate,
-                "weight_decay": options.weight_decay,
-            }
-        )
+        groups += parameter_groups(teachers.adapters, lr=recipe.lr or options.lr, weight_decay=options.weight_decay)
     optimizer = adamw(groups, options.betas)
-    wrapped = world.wrap(detector, sync_norms=recipe.sync_norms, unused=not recipe.denoise)
+    wrapped = world.wrap(detector, unused=not recipe.denoise)
     updater = Updater(
         wrapped, optimizer, average, Precision.choose(recipe.precision, world.device), world, options.clip
     )

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finedetr.errors import RunError, UsageError
 
-__all__ = ["World", "choose_device", "keep_freed_memory", "open_world", "unwrap"]
+__all__ = ["World", "choose_device", "keep_freed_memory", "open_world"]
 
 PATIENCE = timedelta(minutes=30)  # an evaluation on the first process may take its time
 
@@ -65,27 +65,24 @@ class World:
         if self.size > 1:
             distributed.barrier()
 
-    def wrap(self, detector: nn.Module, *, sync_norms: bool, unused: bool) -> nn.Module:
+    def join_norms(self, detector: nn.Module) -> None:
+        """Gives a detector batch norms that see the pictures of all processes (several GPUs only)."""
+        if self.size > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+
+    def wrap(self, detector: nn.Module, *, unused: bool) -> nn.Module:
         """The detector as one that averages its gradients over processes; itself where there is one process.
 
         Args:
             detector: On the device already.
-            sync_norms: Batch norms see the pictures of all processes (CUDA only).
             unused: Some trainable parameters take no part in a step.
         """
         if self.size == 1:
             return detector
-        if sync_norms and self.device.type == "cuda":
-            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
             detector, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True
         )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside of what `World.wrap` gave."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def choose_device(wanted: str = "auto", local_rank: int = 0) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,9 @@ from finedetr.train.build import freeze
 from finedetr.train.checkpoint import load_state, save_state
 from finedetr.train.config import from_dict, to_dict
 from finedetr.train.recipe import Recipe
-from finedetr.train.step import Precision, Source, generator_for, step
+from finedetr.train.step import Precision, sources_of, step
 
-__all__ = ["Dump", "Replay", "sources_of"]
-
-
-def sources_of(
-    recipe: Recipe, classes: int, *, epoch: int, step: int, rank: int, device: torch.device
-) -> tuple[Source, ...]:
-    """Where query groups come from in one step of one process; their noise follows from its place in the run."""
-    given: tuple[Source, ...] = tuple(partial(source, student=recipe.model) for source in recipe.sources)
-    if not recipe.denoise:
-        return given
-    generator = generator_for(recipe.seed, epoch, step, rank, device)
-    return (lambda targets, _: recipe.denoising(targets, classes, generator), *given)
+__all__ = ["Dump", "Replay"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ class Dump:
 
     recipe: Recipe
     classes: tuple[str, ...]
-    place: Mapping[str, int]  # epoch, step of the epoch and rank, from 0; total: steps of the run before this one
+    place: Mapping[str, int]  # epoch, step of it and rank, from 0; total: steps before this one; epochs: planned
     images: Float[Tensor, "B 3 H W"]
     targets: Targets
     pictures: tuple[str, ...]
@@ -122,7 +110,7 @@ class Dump:
         place = {name: self.place[name] for name in ("epoch", "step", "rank")}
         sources = sources_of(self.recipe, len(self.classes), device=cpu, **place)
         seen = _watch(detector)
-        objective = self.recipe.objective_at(self.place["epoch"])
+        objective = self.recipe.objective_at(self.place["epoch"], self.place["epochs"])
         losses = step(detector, self.images, self.targets, sources, objective, Precision("fp32", cpu))
         losses.total.backward()
         largest = max(sizes.items(), key=lambda size: size[1])

@@ -12,11 +12,11 @@ from finedetr.errors import DivergedError
 from finedetr.records import Targets
 from finedetr.train.build import Student
 from finedetr.train.distributed import World
-from finedetr.train.dump import Dump, sources_of
+from finedetr.train.dump import Dump
 from finedetr.train.keep import Keeper
 from finedetr.train.plan import more_parts
 from finedetr.train.state import Progress
-from finedetr.train.step import StepReport, Teaching, out_of_memory
+from finedetr.train.step import StepReport, Teaching, out_of_memory, sources_of
 
 __all__ = ["Guard"]
 
@@ -54,7 +54,7 @@ class Guard:
     def _in_parts(self, images: Tensor, targets: Targets, pictures: tuple[str, ...], p: Progress) -> StepReport:
         """The step; in smaller parts where memory was too small for these, as long as the run is young."""
         place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank}
-        objective = self.recipe.objective_at(p.epoch)
+        objective = self.recipe.objective_at(p.epoch, p.epochs)
         while True:
             sources = sources_of(self.recipe, len(self.classes), device=self.world.device, **place)
             try:
@@ -86,7 +86,7 @@ class Guard:
     ) -> None:
         """Leaves out a step that would spoil the weights, and keeps the first batch in a row of such steps."""
         path = self.keeper.folder.bad_batch(self.world.rank)
-        place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank, "total": p.total}
+        place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank, "total": p.total, "epochs": p.epochs}
         model = self.student.detector.state_dict()
         dump = Dump(self.recipe, self.classes, place, images, targets, pictures, error.message, error.losses, model)
         p.skipped += 1

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from finedetr.data.dataset import Categories
+from finedetr.data.device import denormalize
 from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.evaluation import Evaluation
@@ -65,7 +66,7 @@ class Keeper:
                 "step": p.total,
                 "loss": round(report.loss, 6),
                 "lr": rate,
-                "gradient": round(report.gradient, 6),
+                "gradient": round(report.gradient, 6) if math.isfinite(report.gradient) else None,  # fp16 passed over
                 "losses": {name: round(value, 6) for name, value in report.losses.items()},
                 "seconds": round(p.seconds, 3),
                 "data_wait": round(watch.share("data"), 4),
@@ -73,7 +74,8 @@ class Keeper:
             }
         )
         if not live:
-            pace = f"{self._window * pictures / watch.total:.1f} pictures/s  " if watch.total else ""
+            working = watch.spent.get("data", 0.0) + watch.spent.get("step", 0.0)
+            pace = f"{self._window * pictures / working:.1f} pictures/s  " if working else ""
             self.reporter.line(f"{text}lr {rate:.2e}  {pace}{wait}  left {clock(self._left(p))}")
         self._window = 0
         watch.reset()
@@ -110,10 +112,7 @@ class Keeper:
     def _sheet(self, path: Path, images: Tensor, targets: Targets, names: tuple[str, ...]) -> None:
         """The first pictures of a batch with their boxes."""
         r = self.recipe
-        if r.mean and r.std:
-            shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (r.mean, r.std))
-            images = images * scale + shift
-        shown = (images[:SHOWN] * 255).round().nan_to_num(0).clamp(0, 255).byte().cpu()
+        shown = (denormalize(images[:SHOWN], r.mean, r.std) * 255).round().nan_to_num(0).clamp(0, 255).byte().cpu()
         counts = targets.counts[: len(shown)]
         rows = slice(0, sum(counts))
         own = Targets(targets.labels[rows].cpu(), targets.boxes[rows].cpu(), targets.image[rows].cpu(), counts)

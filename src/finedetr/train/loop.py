@@ -17,6 +17,7 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.records import Batch
+from finedetr.train.budget import Budget
 from finedetr.train.build import Start, build_student
 from finedetr.train.callbacks import Callback, Callbacks, State
 from finedetr.train.checkpoint import link_state, load_state, save_state
@@ -26,7 +27,7 @@ from finedetr.train.guard import Guard
 from finedetr.train.interrupt import Interruption
 from finedetr.train.keep import Keeper
 from finedetr.train.log import Reporter, Stopwatch
-from finedetr.train.plan import Plan, epochs_in_time, share_of
+from finedetr.train.plan import Plan, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import apply_rate
 from finedetr.train.state import Progress, capture, restore
@@ -34,10 +35,6 @@ from finedetr.train.step import StepReport
 from finedetr.train.watch import Watch
 
 __all__ = ["Data", "Result", "Run"]
-
-PROBE = 12  # steps after which a time budget is first held against the speed
-WARMING = 2  # steps at the beginning of a process that say nothing about the speed
-MARGIN = 0.97  # of a time budget is planned for
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,8 @@ class Run:
         self.callbacks = callbacks or Callbacks()
         self.watch = Stopwatch()
         self.saved_at = time.monotonic()
-        self.probe: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
+        self.budget = Budget(recipe.max_time)
         self.out_of_time = False
-        self.cost: list[float] | None = []  # seconds of steps, until the teachers' share of them is known
         self.last_ap = -1.0
         self.loader: TrainingLoader | None = None
         self.plan = Plan(recipe, recipe.epochs, 1)
@@ -161,8 +157,10 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         s = self.student
         self.progress = p = restore(state, s.detector, s.average, s.optimizer, s.updater.scaler, s.adapters)
-        changed = p.limit != self.recipe.epochs
-        if changed:  # the user asks for more or fewer epochs than the run was begun with
+        changed = p.limit != self.recipe.epochs or state["config"]["recipe"]["max_time"] != self.recipe.max_time
+        p.accumulate = max(p.accumulate, self.recipe.accumulate)  # more parts as asked, or as memory demanded
+        share_of(self.recipe.batch or 1, self.world.size, p.accumulate)
+        if changed:  # the user asks for more or fewer epochs, or for more or less time, than the run was begun with
             p.epochs = p.limit = self.recipe.epochs
         self._plan_for(p.epochs)
         p.steps = self.plan.steps
@@ -206,7 +204,7 @@ class Run:
             with interruption:
                 self._call(self.callbacks.on_start)
                 while p.epoch < p.epochs and not self.out_of_time and not self._patience_is_over():
-                    if p.step == 0 and p.restarts == 0 and self.plan.restarts_at(p.epoch):
+                    if p.step == 0 and p.restarts == 0 and self.data.val and self.plan.restarts_at(p.epoch):
                         self._restart()
                     self._epoch(interruption)
                     if p.step >= p.steps or self.out_of_time:
@@ -229,7 +227,7 @@ class Run:
         p, s = self.progress, self.student
         assert self.loader is not None
         s.train()
-        self.watch.lap("between")
+        p.seconds += self.watch.lap("between")
         for batch in self.loader.epoch(p.epoch, first_step=p.step):
             p.seconds += self.watch.lap("data")
             rate = apply_rate(s.optimizer, self.rates.factor(p.total + 1))
@@ -243,7 +241,9 @@ class Run:
             p.seconds += seconds
             if report is not None:
                 self._tell(report, rate, batch)
-                self._tell_cost(seconds)
+                price = self.student.teachers.price(seconds) if self.student.teachers else None
+                if price:
+                    self.reporter.line(price)
             if self._wants_to_leave(interruption):
                 return
 
@@ -260,7 +260,10 @@ class Run:
         return self._time_changes_the_plan(seconds)
 
     def _stop_if_asked(self, interruption: Interruption) -> None:
-        if interruption.requested:
+        p = self.progress
+        (stop,) = self.world.largest([float(interruption.requested)])  # a signal may have reached one of them only
+        if stop and p.epoch < p.epochs and not self.out_of_time:
+            interruption.requested = int(stop)
             self._save()
             raise interruption.error(f"Go on with: finedetr train --resume {self.folder.root}")
 
@@ -275,30 +278,21 @@ class Run:
 
     def _time_changes_the_plan(self, seconds: float) -> bool:
         """Whether the epoch must be left: the budget is spent, or the first steps show that fewer epochs fit."""
-        budget, p = self.recipe.max_time * MARGIN, self.progress
-        if not budget:
-            return False
-        if self.probe is None and p.total >= WARMING:
-            self.probe = (p.total, seconds)
-        if seconds + p.evaluating > budget and p.step < p.steps:
+        p, recipe = self.progress, self.recipe
+        if self.budget.is_spent(p, seconds):
             self.out_of_time = True
             self.reporter.line("the time budget is spent: the run ends here")
             return True
-        if p.total == PROBE and self.probe is not None:
-            each = (seconds - self.probe[1]) / max(PROBE - self.probe[0], 1)
-            pictures = 0 if self.data.val is None else len(self.data.val)
-            # until one was measured: an evaluation costs about a third of a step for each picture
-            evaluation = each * pictures / (3 * (self.recipe.batch or 1)) / self.recipe.evaluating.every
-            return self._shorten(epochs_in_time(p.limit, 1.0, each * p.steps + evaluation, budget))
-        return False
+        pictures = 0 if self.data.val is None else len(self.data.val)
+        # until one was measured: a picture costs a third in an evaluation of what it costs in a step
+        evaluation = pictures / (3 * (recipe.batch or 1)) / recipe.evaluating.every
+        epochs = self.budget.first_guess(p, seconds, evaluation)
+        return epochs is not None and self._shorten(epochs)
 
     def _epochs_in_time(self) -> int:
         """Epochs that fit into the time budget, at the speed so far; as planned where there is none."""
-        p = self.progress
-        if not self.recipe.max_time:
-            return p.epochs
-        (seconds,) = self.world.largest([p.seconds])
-        return epochs_in_time(p.limit, p.done, seconds, self.recipe.max_time * MARGIN)
+        (seconds,) = self.world.largest([self.progress.seconds])
+        return self.budget.fit(self.progress, seconds)
 
     def _shorten(self, epochs: int) -> bool:
         """Plans for another number of epochs; whether the loader had to change for it."""
@@ -320,10 +314,11 @@ class Run:
         last = self.out_of_time or self._epochs_in_time() <= p.epoch + 1
         better, evaluated = False, last or self.plan.evaluates_after(p.epoch)
         if evaluated:
-            self.watch.lap("between")
+            p.seconds += self.watch.lap("between")
             better = self._evaluate()
-            p.evaluating = self.watch.lap("evaluation")
-            p.seconds += p.evaluating
+            spent = self.watch.lap("evaluation")
+            p.seconds += spent
+            (p.evaluating,) = self.world.largest([spent])  # the main process draws and writes, too
         p.epoch, p.step = p.epoch + 1, 0
         if self.recipe.max_time:
             fit = self._epochs_in_time()
@@ -406,24 +401,6 @@ class Run:
     def _status(self, state: str, message: str = "") -> None:
         if self.world.main:
             self.keeper.status(state, self.progress, message)
-
-    def _tell_cost(self, seconds: float) -> None:
-        """Once a process has warmed up: how much of a step the teachers take."""
-        teachers = self.student.teachers
-        if teachers is None or self.cost is None:
-            return
-        if teachers.calls <= WARMING * self.recipe.accumulate:
-            teachers.seconds = 0.0
-            return
-        self.cost.append(seconds)
-        if len(self.cost) == PROBE:
-            total = sum(self.cost)
-            added = teachers.seconds / max(total - teachers.seconds, 1e-9)
-            self.reporter.line(
-                f"teachers add {added:.0%} to a step ({teachers.seconds / PROBE:.3f} of {total / PROBE:.3f} s), "
-                "and what their terms and queries need"
-            )
-            self.cost = None
 
     def _tell(self, report: StepReport, rate: float, batch: Batch) -> None:
         p = self.progress

@@ -1,8 +1,7 @@
-"""What a recipe means for a run of so many epochs and steps; and how a time budget makes it shorter."""
+"""What a recipe means for a run of so many epochs and steps, and how a batch is divided."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from finedetr.data.transforms import Windows
@@ -10,7 +9,7 @@ from finedetr.errors import ConfigError
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import Curve
 
-__all__ = ["Plan", "epochs_in_time", "more_parts", "share_of"]
+__all__ = ["Plan", "more_parts", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,11 @@ class Plan:
         return (epoch + 1) % self.recipe.evaluating.every == 0 or epoch + 1 >= self.epochs
 
     def restarts_at(self, epoch: int) -> bool:
-        """Whether an epoch is the first one without strong augmentation, before which the best weights come back."""
-        return self.recipe.schedule.restart and 0 < epoch == self.windows.plain_from < self.epochs
+        """Whether the best weights come back before an epoch: it is without strong augmentation, and not the first.
+
+        A time budget may move the plain part behind the current epoch; hence any epoch of it, not its first one alone.
+        """
+        return self.recipe.schedule.restart and 0 < self.windows.plain_from <= epoch < self.epochs
 
 
 def share_of(batch: int, processes: int, accumulate: int) -> int:
@@ -75,17 +77,3 @@ def share_of(batch: int, processes: int, accumulate: int) -> int:
 def more_parts(pictures: int, parts: int) -> int | None:
     """At least twice as many parts for the pictures of one process, equal ones; None where each has one picture."""
     return next((more for more in range(2 * parts, pictures + 1) if pictures % more == 0), None)
-
-
-def epochs_in_time(planned: int, done: float, spent: float, budget: float) -> int:
-    """How many epochs fit into a budget of seconds, at the speed so far; from `done` epochs up to `planned`.
-
-    Args:
-        planned: The most there may be.
-        done: Epochs done, with the part of the one that is going on.
-        spent: Seconds for these, evaluations included.
-        budget: Seconds for the whole run.
-    """
-    if done <= 0 or spent <= 0:
-        return planned
-    return max(1, math.ceil(done - 1e-9), min(planned, math.floor(budget / spent * done)))

@@ -59,6 +59,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch < 1 or min(self.backbone, self.aim) < 0 or self.weight_decay < 0 or self.clip < 0:
             raise ConfigError(f"the optimizer needs a rate above 0, a batch of 1 or more and no negatives, got {self}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are wanted, {self.betas} came")
 
     def rate_at(self, batch: int) -> float:
         """The learning rate for a batch of so many pictures."""
@@ -97,12 +99,15 @@ class Schedule:
     """Begin the plain part from the best weights so far, and go back to them after each epoch that is no better."""
 
     def __post_init__(self) -> None:
-        shares = 0 <= self.warmup <= 1 and 0 <= self.drop <= 1
-        if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1 or not shares:
+        if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1:
             raise ConfigError(
-                f"schedule: wanted 0 <= start <= flat <= plain <= 1, and warm-up and drop within 0..1, got "
-                f"{self.start}, {self.flat}, {self.plain}, {self.warmup} and {self.drop}"
+                f"schedule: wanted 0 <= start <= flat <= plain <= 1, got {self.start}, {self.flat} and {self.plain}"
             )
+        for name in ("warmup", "drop", "gamma", "late_matching"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"schedule.{name}: 0 to 1 is wanted, {getattr(self, name)} came", code="range")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps: 0 or more is wanted, {self.warmup_steps} came", code="range")
 
     def windows(self, epochs: int) -> Windows:
         """The epochs at which the augmentation changes, in a run of so many epochs."""
@@ -112,7 +117,7 @@ class Schedule:
 
     def warmup_of(self, total: int) -> int:
         """Steps of the warm-up in a run of so many steps."""
-        return min(self.warmup_steps, round(self.warmup * total))
+        return _share(self.warmup, total, self.warmup_steps)
 
     def rates(self, epochs: int, steps: int) -> Curve:
         """The curve of the learning rate over a run of so many epochs of so many steps."""
@@ -124,6 +129,11 @@ class Schedule:
             return Drop(round(self.drop * epochs) * steps, self.gamma, warmup)
         plain = (epochs - windows.plain_from) * steps
         return FlatCosine(total, warmup, windows.mosaic_end * steps, plain, self.gamma)
+
+
+def _share(share: float, total: int, most: int) -> int:
+    """A share of a run's steps, and at most so many."""
+    return min(most, round(share * total))
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,7 @@ class Teaching:
 
     def strength(self, step: int, total: int) -> float:
         """The weight of what the average teaches in a step (from 0) of a run of so many."""
-        start = min(self.start_steps, round(self.start * total))
-        ramp = min(self.ramp_steps, round(self.ramp * total))
+        start, ramp = _share(self.start, total, self.start_steps), _share(self.ramp, total, self.ramp_steps)
         return min(1.0, max(0.0, (step - start + 1) / (ramp + 1)))
 
 
@@ -193,6 +202,10 @@ class Saving:
     steps: int = 0
     """And every so many steps; 0 is off."""
 
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.steps < 0:
+            raise ConfigError(f"saving: wanted seconds above 0 and steps from 0, got {self}", code="range")
+
 
 @dataclass(frozen=True)
 class Evaluating:
@@ -204,6 +217,12 @@ class Evaluating:
     """Pictures at a time and process; unset: as in training."""
     max_detections: int = 100
     """The best so many detections of a picture and class count (COCO: 100)."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch", "max_detections"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluating.{name}: 1 or more is wanted, {value} came", code="range")
 
 
 @dataclass(frozen=True)
@@ -303,6 +322,15 @@ class Recipe:
             raise ConfigError(f"lr: a number above 0 is wanted, {self.lr} came", code="range")
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance: a share of the pictures, 0 to 1, is wanted, {self.balance} came", code="range")
+        kinds = [type(source).__name__ for source in self.sources]
+        if len(set(kinds)) < len(kinds):
+            twice = next(kind for kind in kinds if kinds.count(kind) > 1)
+            raise ConfigError(
+                f"the recipe {self.name} has two sources of queries of the kind {twice}: their losses would bear one "
+                "name",
+                code="conflict",
+                hint="Name one form of a paper with --with, not two.",
+            )
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std go together: give both or neither", code="conflict")
 
@@ -323,9 +351,9 @@ class Recipe:
         groups = ["denoising"] * self.denoise + [describe(source) for source in self.sources if source.weight]
         return self.objective.formula() + (f"; beside the own queries: {', '.join(groups)}" if groups else "")
 
-    def objective_at(self, epoch: int) -> Objective:
-        """The objective of an epoch: only the cost of the matching may change, once."""
-        if epoch < self.schedule.late_matching * self.epochs:
+    def objective_at(self, epoch: int, epochs: int) -> Objective:
+        """The objective of an epoch of so many: only the cost of the matching may change, once."""
+        if epoch < self.schedule.late_matching * epochs:
             return self.objective
         return replace(self.objective, policy=self.objective.policy.with_cost(QualityCost()))
 

@@ -25,9 +25,19 @@ from finedetr.train.plan import share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision
 
-__all__ = ["Request", "balance_line", "begin", "open_data", "resume", "saved_recipe"]
+__all__ = ["Request", "balance_line", "begin", "default_folder", "open_data", "resume", "saved_recipe"]
 
-FREE = ("epochs", "workers", "patience", "diverged_after", "max_time", "log_every", "evaluating.", "saving.")
+FREE = (
+    "epochs",
+    "accumulate",
+    "workers",
+    "patience",
+    "diverged_after",
+    "max_time",
+    "log_every",
+    "evaluating.",
+    "saving.",
+)
 """What a resumed run may change: nothing of it touches the weights of a step that is done."""
 
 
@@ -51,11 +61,22 @@ class Request:
 
     def __post_init__(self) -> None:
         _ = self.start  # what cannot be is refused before anything is read or written
+        if self.teacher and "frozen" not in self.recipe.teachers:
+            raise UsageError(
+                f"no part of the recipe {self.recipe.name} listens to a teacher, and {self.teacher} is given",
+                code="conflict",
+                hint="Make the recipe with --with detrdistill (in Python: extras=['detrdistill']), or give no teacher.",
+            )
 
     @property
     def start(self) -> Start:
         """What the run begins with."""
         return Start(self.weights, self.backbone_weights)
+
+
+def default_folder(data: Path, recipe: Recipe) -> Path:
+    """Where a run goes if nobody says it."""
+    return Path("runs") / f"{data.resolve().stem}-{recipe.model.name}"
 
 
 def open_data(path: Path, train: str = "train", val: str = "val", layout: str | None = None) -> Data:
@@ -158,6 +179,11 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
+            if where["pictures"] != len(opened.train):
+                reporter.warn(
+                    f"the data had {where['pictures']} pictures for training and has {len(opened.train)} now: the run "
+                    "goes on, but not as it would have gone on"
+                )
             teacher = folder.read_json(folder.config).get("teacher")
             run = Run(
                 recipe, opened, folder, world, reporter, teacher=Path(teacher) if teacher else None, callbacks=callbacks
@@ -181,7 +207,7 @@ def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
         )
     try:
         recipe, data = document["recipe"], document["data"]
-        wanted = {key: data[key] for key in ("path", "train", "val", "layout")}
+        wanted = {key: data[key] for key in ("path", "train", "val", "layout", "pictures")}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
     return from_dict(recipe, str(folder.config)), wanted
@@ -284,7 +310,7 @@ def _examine(data: Data, recipe: Recipe) -> Report:
 
 def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Data, report: Report) -> None:
     """All that is needed to repeat the run, before its first step."""
-    asked = flatten(to_dict(replace(request.recipe, batch=request.recipe.batch, lr=request.recipe.lr)))
+    asked = flatten(to_dict(request.recipe))
     document = {
         "finedetr": __version__,
         "command": sys.argv[1:],

@@ -36,7 +36,6 @@ class Progress:
     since_restart: float = -1.0  # the best AP since then; -1: none yet
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0  # ... that came right before this moment
-    finished: bool = False
 
     @property
     def done(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from finedetr.records import Guidance, QueryGroup, Targets
 from finedetr.supervise.objective import Losses, Objective
 from finedetr.train.distributed import World
 from finedetr.train.ema import MovingAverage
+from finedetr.train.recipe import Recipe
 
 __all__ = [
     "Precision",
@@ -29,6 +31,7 @@ __all__ = [
     "generator_for",
     "out_of_memory",
     "parts_of",
+    "sources_of",
     "step",
 ]
 
@@ -147,7 +150,8 @@ class Updater:
         """One update of the weights from one batch, worked off in `accumulate` parts.
 
         Each part weighs as much as it has targets, over all processes, so that the sum over parts is what the whole
-        batch gives, up to the norms' statistics and the union over stages.
+        batch gives, up to what sees a part at a time: the norms' statistics, the union over stages, the number of
+        denoising groups, and the sums by which distillation divides.
 
         Raises:
             DivergedError: A loss or gradient is not finite, in this process or in another; all of them raise it, and
@@ -293,6 +297,17 @@ def out_of_memory(error: BaseException, pictures: int) -> RunError:
         code="oom",
         hint="More parts of the same batch (--accumulate), a smaller --batch or --size, or another --precision.",
     )
+
+
+def sources_of(
+    recipe: Recipe, classes: int, *, epoch: int, step: int, rank: int, device: torch.device
+) -> tuple[Source, ...]:
+    """Where query groups come from in one step of one process. All random numbers of the step follow from its place."""
+    generator = generator_for(recipe.seed, epoch, step, rank, device)  # also where nothing but dropout draws
+    given: tuple[Source, ...] = tuple(partial(source, student=recipe.model) for source in recipe.sources)
+    if not recipe.denoise:
+        return given
+    return (lambda targets, _: recipe.denoising(targets, classes, generator), *given)
 
 
 def generator_for(seed: int, epoch: int, number: int, rank: int, device: torch.device) -> torch.Generator:
