@@ -145,7 +145,7 @@ def test_a_missing_best_state_does_not_stop_the_plain_epochs(
     recipe = small_recipe(epochs=3)
     recipe = replace(recipe, schedule=replace(recipe.schedule, flat=0.3, plain=0.34, restart=True))
     monkeypatch.setattr(RunFolder, "best", property(lambda self: self.root / "checkpoints" / f"lost{id(object())}.pt"))
-    monkeypatch.setattr(loop, "link_state", lambda source, target: loop.save_state(target, load_state(source)))
+    monkeypatch.setattr(loop, "link_file", lambda source, target: loop.save_state(target, load_state(source)))
     scripted(monkeypatch, 0.5, 0.6, 0.7)
     assert begin(Request(data, recipe, tmp_path / "a", device="cpu", quiet=True)).epochs == 3
 

@@ -120,7 +120,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     }
     folder.write_json(folder.evaluation, document)
     if flags.json:
-        return {"result": document, "warnings": []}
+        return {"result": document, "warnings": list(result.warnings)}
     output(f"AP {document['AP']:.4f}  AP50 {document['AP50']:.4f}  after {seconds:.0f} seconds, {result.steps} steps")
     output(f"pictures: {document['sheet']}")
     output(f"numbers: {folder.evaluation}")

@@ -104,7 +104,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         output(text)
         return None
     result = begin(request)
-    return {"result": _summary(result), "warnings": []} if flags.json else None
+    return {"result": _summary(result), "warnings": list(result.warnings)} if flags.json else None
 
 
 def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
@@ -132,7 +132,7 @@ def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
                 hint="To start anew from the weights of a run: --weights RUN --out ANOTHER",
             )
     result = resume(flags.resume, flags.settings, data=flags.data, device=flags.device, quiet=flags.quiet)
-    return {"result": _summary(result), "warnings": []} if flags.json else None
+    return {"result": _summary(result), "warnings": list(result.warnings)} if flags.json else None
 
 
 def _summary(result: Any) -> dict[str, Any]:

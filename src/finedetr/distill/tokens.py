@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["carry", "hit_rate", "slots_of"]
+__all__ = ["carry", "slots_of"]
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -46,8 +46,3 @@ def slots_of(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> Int[Tensor,
     """The query that comes from each token, or -1 where none does."""
     same = tokens[:, :, None] == own[:, None]
     return torch.where(same.any(-1), same.long().argmax(-1), -1)
-
-
-def hit_rate(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> float:
-    """The share of tokens that one of the own queries comes from."""
-    return float((slots_of(tokens, own) >= 0).float().mean())

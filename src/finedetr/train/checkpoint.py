@@ -17,7 +17,7 @@ from torch import Tensor
 from finedetr._version import __version__
 from finedetr.errors import ModelError, RunError
 
-__all__ = ["link_state", "load_state", "save_state", "write_atomically"]
+__all__ = ["link_file", "load_state", "save_state", "write_atomically"]
 
 FORMAT = 1
 
@@ -79,7 +79,7 @@ def save_state(path: str | Path, state: dict[str, Any]) -> Path:
     return write_atomically(Path(path), write)
 
 
-def link_state(source: Path, target: Path) -> Path:
+def link_file(source: Path, target: Path) -> Path:
     """Gives a complete state a second name, atomically, without writing it twice where the file system can link."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with suppress(OSError):

@@ -19,7 +19,7 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.pictures import batch_sheet, prediction_sheet, save_picture, worst_sheet
 from finedetr.model.weights import Card, save_weights
 from finedetr.records import Targets
-from finedetr.train.checkpoint import link_state
+from finedetr.train.checkpoint import link_file
 from finedetr.train.config import to_dict
 from finedetr.train.dump import Dump
 from finedetr.train.folder import RunFolder
@@ -57,7 +57,7 @@ class Keeper:
         self._window += 1
         wait = f"data wait {watch.share('data'):.0%}"
         live = self.reporter.live(text + wait, p.total, p.epochs * p.steps)
-        if p.total % self.recipe.log_every:
+        if p.total % self.recipe.log_every and p.step < p.steps:  # the last step of an epoch has its line, too
             return
         self.folder.append(
             {
@@ -195,7 +195,7 @@ class Keeper:
         )
         save_weights(self.folder.last_weights, detector, card)
         if better:
-            link_state(self.folder.last_weights, self.folder.best_weights)
+            link_file(self.folder.last_weights, self.folder.best_weights)
 
     def status(self, state: str, p: Progress, message: str = "") -> None:
         """The last state, for somebody who watches from outside."""

@@ -20,7 +20,7 @@ from finedetr.records import Batch
 from finedetr.train.budget import Budget
 from finedetr.train.build import Start, build_student
 from finedetr.train.callbacks import Callback, Callbacks, State
-from finedetr.train.checkpoint import link_state, load_state, save_state
+from finedetr.train.checkpoint import link_file, load_state, save_state
 from finedetr.train.distributed import World
 from finedetr.train.folder import RunFolder
 from finedetr.train.guard import Guard
@@ -54,6 +54,7 @@ class Result:
     epochs: int
     steps: int
     seconds: float
+    warnings: tuple[str, ...] = ()  # that were said on the way
 
 
 class Run:
@@ -329,7 +330,7 @@ class Run:
             self._judge_restart()
         if self.world.main and better:  # the best first: a crash in between leaves a state that does it again
             save_state(self.folder.best, self._state())
-            link_state(self.folder.best, self.folder.last)
+            link_file(self.folder.best, self.folder.last)
             self._call(self.callbacks.on_save, path=self.folder.best)
             self.saved_at = time.monotonic()
         else:
@@ -377,7 +378,7 @@ class Run:
         """
         p, s = self.progress, self.student
         if p.restarts == 0 and self.world.main and self.folder.best.is_file():
-            link_state(self.folder.best, self.folder.restart)
+            link_file(self.folder.best, self.folder.restart)
         self.world.wait()
         p.restarts += 1
         if self.folder.restart.is_file():

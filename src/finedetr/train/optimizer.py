@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -35,11 +35,6 @@ class Grouping:
     """Decay the biases of layers that are no norms."""
     backbone_norms_at_main_rate: bool = False
     """Train the backbone's norms at the rate of the rest."""
-
-    @property
-    def official(self) -> bool:
-        """Whether any quirk of the official split is on."""
-        return any(getattr(self, field.name) for field in fields(self))
 
 
 def parameter_groups(

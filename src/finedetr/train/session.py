@@ -254,7 +254,7 @@ def _through(run: Run, reporter: Reporter) -> Result:
     if result.evaluation is not None:
         reporter.line(f"best AP {result.evaluation.ap:.4f}  AP50 {result.evaluation.ap50:.4f}")
     reporter.line(f"weights: {run.folder.best_weights}")
-    return result
+    return replace(result, warnings=tuple(reporter.warnings))
 
 
 def _introduce(reporter: Reporter, data: Data, report: Report, world: World, folder: RunFolder) -> None:
