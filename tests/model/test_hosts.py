@@ -148,7 +148,7 @@ def test_points_stay_and_boxes_move() -> None:
     for name in ("deformable-detr-r50", "deformable-detr-r50-refine"):
         detector = random_detector(small(name, layers=3))
         for layer in detector.decoder.layers:
-            layer.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+            layer.register_forward_pre_hook(lambda _, given: seen.append(given[2].boxes))
         detector(torch.rand(1, 3, 64, 64))
     assert [where.shape[-1] for where in seen] == [2, 2, 2, 2, 4, 4]
     assert torch.equal(seen[0], seen[2])

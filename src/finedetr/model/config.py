@@ -7,7 +7,16 @@ from typing import Literal
 
 from finedetr.errors import ConfigError
 
-__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "Fusion", "ModelConfig", "Source"]
+__all__ = [
+    "BackboneConfig",
+    "DecoderConfig",
+    "EncoderConfig",
+    "Fusion",
+    "Joining",
+    "ModelConfig",
+    "Source",
+    "SplitConfig",
+]
 
 Fusion = Literal["elan", "csp", "sum-elan4", "sum-elan5", "lite", "single", "deformable"]
 """How two levels are joined: D-FINE's blocks, RT-DETR's, DEIMv2's two on sums, or without attention (`LiteEncoder`).
@@ -21,6 +30,13 @@ Source = Literal["tokens", "points", "anchors", "proposals", "mixed"]
 tokens: the best tokens are content and boxes (RT-DETR family). points: learned content, position and point (Conditional
 DETR, Deformable DETR). anchors: learned content and boxes (DAB-DETR). proposals: the boxes of the best tokens, from
 which content and position are made (Deformable DETR in two stages). mixed: these boxes, learned content (DINO).
+"""
+
+Joining = Literal["none", "token", "channel", "fused", "apart"]
+"""How the self-attention of a split decoder sees its two branches (SD-DETR, spec 3.2).
+
+none: the decoder is not split. token: as twice as many tokens. channel: as tokens of twice the width. fused: as the
+mean of both, learned from there on; no dearer than without. apart: each branch has its own, the whole decoder is split.
 """
 
 
@@ -54,6 +70,19 @@ class EncoderConfig:
     scaled: bool = False  # each layer stretches the code by what a token has seen (DAB-DETR)
     activation: Literal["relu", "prelu"] = "relu"
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Branches of the decoder for classes and for boxes, with attention to the pyramid and feed-forward each."""
+
+    joining: Joining = "none"
+    queries: Literal["shared", "own"] = "shared"  # what the branches start from; own: where learned, twice, and where
+    # a token or a box makes a query, moved by a linear layer that begins with zero
+    shared_memory: bool = True  # one projection of the pyramid for both, where the attention has any
+    shared_norm: bool = False  # of the norm before the heads
+    modulation: Literal["boxes", "own"] = "boxes"  # which state stretches the spatial queries of conditional attention
+    half: bool = False  # feed-forward networks of half the width: as many parameters as before, and a fresh start
 
 
 @dataclass(frozen=True)
@@ -95,6 +124,7 @@ class DecoderConfig:
     final_norm: bool = False  # a norm between the layers' states and the heads
     logit_margin: float = 1e-5  # how near to 0 and 1 a reference may come before its logit is taken
     dropout: float = 0.0
+    split: SplitConfig = field(default_factory=SplitConfig)
 
     @property
     def head_activation(self) -> str:
@@ -160,6 +190,12 @@ class ModelConfig:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")
         if self.decoder.position_layers not in (2, 3):
             raise ConfigError(f"decoder.position_layers must be 2 or 3; got {self.decoder.position_layers}")
+        split = self.decoder.split
+        if split.joining == "none" and split != SplitConfig():
+            raise ConfigError(
+                f"decoder.split describes two branches, and split.joining is 'none'; got {split}",
+                hint="Such as --model.decoder.split.joining token, or --with sd-split before it.",
+            )
         if self.decoder.bins % 2 == 0:
             raise ConfigError(f"decoder.bins must be odd, so that one bin means 'do not move'; got {self.decoder.bins}")
         for part, width, heads in (

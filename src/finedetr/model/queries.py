@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
+from finedetr.model.decoder_layers import Seeds
 from finedetr.model.layers import MLP, focal_bias
 from finedetr.model.sines import sine_code
 
@@ -34,6 +35,7 @@ class Queries:
     encoder: Answer | None = None  # the stage "encoder" of these queries
     proposals: Answer | None = None  # of all tokens, in training, where classes do not count yet
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
+    scoring: Seeds | None = None  # what the branch for classes of a split decoder starts with, where it has its own
 
 
 def anchor_table(
@@ -131,7 +133,8 @@ class QuerySelection(nn.Module):
 class LearnedPoints(nn.Module):
     """The same queries for every picture: learned positions, and a point made of each (spec 2.2, 2.3).
 
-    Content is learned, too, but with conditional attention it starts at zero.
+    Content is learned, too, but with conditional attention it starts at zero. The branch for classes of a split decoder
+    may have positions and content of its own, which begin as those of the other; its points are that one's.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -139,6 +142,9 @@ class LearnedPoints(nn.Module):
         blank = config.attention == "conditional"
         self.width = config.width
         self.embedding = nn.Embedding(config.queries, self.width if blank else 2 * self.width)
+        self.scoring: nn.Embedding | None = None
+        if config.split.queries == "own":
+            self.scoring = nn.Embedding.from_pretrained(self.embedding.weight.detach().clone(), freeze=False)
         self.point = MLP(self.width, self.width, 2, 2 if blank else 1)
         for layer in self.point.layers:
             assert isinstance(layer, nn.Linear)
@@ -147,11 +153,19 @@ class LearnedPoints(nn.Module):
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch, whatever the pictures show."""
-        learned = self.embedding.weight.expand(len(memory), -1, -1)
+        content, positions = self._of(self.embedding, len(memory))
+        points = self.point(positions).float().sigmoid()
+        scoring = None
+        if self.scoring is not None:
+            own, places = self._of(self.scoring, len(memory))
+            scoring = Seeds(own, points, places)
+        return Queries(content, points, positions, scoring=scoring)
+
+    def _of(self, embedding: nn.Embedding, pictures: int) -> tuple[Tensor, Tensor]:
+        """Content and positions."""
+        learned = embedding.weight.expand(pictures, -1, -1)
         positions, content = learned[..., : self.width], learned[..., self.width :]
-        if not content.shape[-1]:
-            content = torch.zeros_like(positions)
-        return Queries(content, self.point(positions).float().sigmoid(), positions)
+        return content if content.shape[-1] else torch.zeros_like(positions), positions
 
 
 class LearnedAnchors(nn.Module):
