@@ -253,9 +253,10 @@ def train(
             tuple(extras),
             random_start=card is None and backbone_weights is None,
             teacher=teacher is not None,
+            keep_model=card is not None,
         )
         if card is not None:
-            made = replace(made, model=chosen, size=card.size, mean=card.mean, std=card.std)
+            made = replace(made, size=card.size, mean=card.mean, std=card.std)
     changed = [*settings, *(["device"] if device != "auto" else [])]
     if file is not None:
         made = file.over(made, changed)

@@ -164,11 +164,10 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
         tuple(peek(words, "--with")),
         random_start=card is None and not peek(words, "--backbone-weights"),
         teacher=bool(peek(words, "--teacher")),
+        keep_model=card is not None,
     )
-    if card is None:
-        return made
-    # weights keep their model: a D-FINE detector is not turned into DEIM's variant, nor is its size changed
-    return replace(made, model=config if model else card.config, size=card.size, mean=card.mean, std=card.std)
+    # nor do weights change the size of what they have seen
+    return made if card is None else replace(made, size=card.size, mean=card.mean, std=card.std)
 
 
 def _template(words: Sequence[str], changed: Sequence[str]) -> Template | None:

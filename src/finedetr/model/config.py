@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from finedetr.errors import ConfigError
@@ -162,6 +162,11 @@ class ModelConfig:
     def classic(self) -> bool:
         """Whether it is one of the hosts before the real-time family: Conditional, Deformable and DAB-DETR, DINO."""
         return self.encoder.fusion in ("single", "deformable")
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The same host before its decoder was split."""
+        return replace(self, decoder=replace(self.decoder, split=SplitConfig()))
 
     @property
     def _backbone_strides(self) -> tuple[int, ...]:

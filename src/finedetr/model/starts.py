@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from finedetr.model.config import ModelConfig, SplitConfig
+from finedetr.model.config import ModelConfig
 
 __all__ = ["grouped", "origin_of", "part_of", "plain_form", "why_fresh"]
 
@@ -22,9 +22,7 @@ _WITHOUT_EFFECT = ("join", "part", "task_moves", "edge_heads", "quality_heads", 
 
 def plain_form(wanted: ModelConfig, given: ModelConfig) -> ModelConfig:
     """What `wanted` is without that which weights of `given` need not have for it: a second branch, edges of boxes."""
-    decoder = wanted.decoder
-    if given.decoder.split == SplitConfig():
-        decoder = replace(decoder, split=SplitConfig())
+    decoder = wanted.whole.decoder if given == given.whole else wanted.decoder
     if given.decoder.boxes == "plain":
         decoder = replace(decoder, boxes="plain", shared_boxes=given.decoder.shared_boxes)
     return replace(wanted, decoder=decoder)

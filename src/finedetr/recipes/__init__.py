@@ -21,6 +21,7 @@ from finedetr.recipes.fdr import fdr
 from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
+from finedetr.recipes.sd_detr import sd_alignment, sd_detr, sd_split
 from finedetr.train.recipe import Recipe
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "od_detr",
     "rtdetrv2",
     "scratch",
+    "sd_detr",
 ]
 
 RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
@@ -64,12 +66,21 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
     "detrdistill-paper": detrdistill_paper,
     "od-detr": od_detr,
     "od-detr-paper": od_detr_paper,
+    "sd-detr": sd_detr,
+    "sd-split": sd_split,
+    "sd-alignment": sd_alignment,
 }
 """What `--with` puts on top, in the order given."""
 
 
 def build(
-    model: ModelConfig, recipe: str = "deim", extras: tuple[str, ...] = (), *, random_start: bool, teacher: bool = False
+    model: ModelConfig,
+    recipe: str = "deim",
+    extras: tuple[str, ...] = (),
+    *,
+    random_start: bool,
+    teacher: bool = False,
+    keep_model: bool = False,
 ) -> Recipe:
     """The recipe of a command line, before its flags.
 
@@ -79,6 +90,8 @@ def build(
         extras: Names of `PAPERS`, applied in order.
         random_start: No weights are given: adapt what presumes a pretrained backbone (`scratch`).
         teacher: A frozen teacher is given: where no name of `extras` makes use of it, `detrdistill` does.
+        keep_model: The base recipe leaves the model as it is (a D-FINE detector does not become DEIM's variant), for
+            weights of it are given; papers may add to it.
 
     Raises:
         UsageError: A name is unknown; the message suggests the closest ones.
@@ -88,6 +101,8 @@ def build(
     base = _find(RECIPES, recipe, "recipe")(base)
     if random_start:
         base = scratch(base)
+    if keep_model:
+        base = replace(base, model=model)
     for name in extras:
         before = base.name
         base = _find(PAPERS, name, "paper for --with")(base)
