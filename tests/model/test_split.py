@@ -213,3 +213,23 @@ def test_branches_of_what_is_not_split_are_refused() -> None:
         split(TINY, "none")
     assert has_twin(variant("dfine-s"))
     assert not has_twin(split(variant("dfine-s")))
+
+
+@pytest.mark.parametrize("name", ["conditional", "refined", "dino", "rtdetrv2"])
+def test_distributions_begin_at_the_first_box_of_the_plain_host(name: str, tmp_path: Path) -> None:
+    """`--with fdr` from a plain host's weights: the first box is that of its first layer, and all edges stay there."""
+    plain, path = saved(HOSTS[name], tmp_path)
+    config = replace(plain.config, decoder=replace(plain.config.decoder, boxes="distributions", shared_boxes=False))
+    detector = Detector(config, CLASSES).eval()
+    transfer = transfer_weights(detector, NAMES, path)
+    assert transfer.skipped == ()
+    assert "decoder.initial_box_head <- decoder.box_heads (6)" in transfer.copied
+    heads = {"edge_heads", "quality_heads", "bin_table"}
+    assert {row.split(" (")[0] for row in transfer.fresh} == {f"decoder.{name}" for name in heads}
+    with torch.no_grad():
+        wanted, found = (model(pictures(), all_stages=True).matching for model in (plain, detector))
+    first = {stage: index for index, stage in reversed(list(enumerate(found.stages)))}
+    theirs = wanted.stages.index("layer0")
+    torch.testing.assert_close(found.logits[first["initial"]], wanted.logits[theirs], atol=1e-6, rtol=1e-6)
+    for stage in ("initial", "layer0"):
+        torch.testing.assert_close(found.boxes[first[stage]], wanted.boxes[theirs], atol=2e-6, rtol=0)

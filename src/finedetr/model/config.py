@@ -14,6 +14,7 @@ __all__ = [
     "Fusion",
     "Joining",
     "ModelConfig",
+    "SalientConfig",
     "Source",
     "SplitConfig",
 ]
@@ -86,6 +87,18 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class SalientConfig:
+    """Queries made of each picture's salient points, in the place of learned ones (SD-DETR, spec 3.3)."""
+
+    queries: bool = False
+    points: int = 8  # of each query and task
+    roi: int = 7  # a box is read at so many places a side
+    tower: Literal["conv", "mlp", "linear"] = "conv"  # of the small detector that finds the boxes
+    weight: float = 1.0  # of the small detector's losses
+    detached: bool = True  # losses of the decoder do not reach the boxes, which the small detector's own teach
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The decoder. The defaults are D-FINE's; RT-DETRv2 has plain boxes, projected attention, no gateway.
 
@@ -125,6 +138,7 @@ class DecoderConfig:
     logit_margin: float = 1e-5  # how near to 0 and 1 a reference may come before its logit is taken
     dropout: float = 0.0
     split: SplitConfig = field(default_factory=SplitConfig)
+    salient: SalientConfig = field(default_factory=SalientConfig)
 
     @property
     def head_activation(self) -> str:
@@ -165,8 +179,8 @@ class ModelConfig:
 
     @property
     def whole(self) -> ModelConfig:
-        """The same host before its decoder was split."""
-        return replace(self, decoder=replace(self.decoder, split=SplitConfig()))
+        """The same host without the parts of SD-DETR."""
+        return replace(self, decoder=replace(self.decoder, split=SplitConfig(), salient=SalientConfig()))
 
     @property
     def _backbone_strides(self) -> tuple[int, ...]:
@@ -201,6 +215,8 @@ class ModelConfig:
                 f"decoder.split describes two branches, and split.joining is 'none'; got {split}",
                 hint="Such as --model.decoder.split.joining token, or --with sd-split before it.",
             )
+        if self.decoder.salient.queries:
+            self._check_salient(self.decoder.salient)
         if self.decoder.bins % 2 == 0:
             raise ConfigError(f"decoder.bins must be odd, so that one bin means 'do not move'; got {self.decoder.bins}")
         for part, width, heads in (
@@ -209,3 +225,15 @@ class ModelConfig:
         ):
             if width % heads or width % 4:
                 raise ConfigError(f"{part}.width must be a multiple of its {heads} heads and of 4; got {width}")
+
+    def _check_salient(self, salient: SalientConfig) -> None:
+        if self.decoder.source not in ("points", "anchors"):
+            raise ConfigError(
+                f"salient points take the place of learned queries; got decoder.source={self.decoder.source!r}",
+                hint="Where tokens are queries, branches have their own with --model.decoder.split.queries own.",
+            )
+        if self.decoder.width % 32 or salient.points < 1 or salient.roi < 1:
+            raise ConfigError(
+                "decoder.salient wants a decoder.width that is a multiple of 32, and points and roi from 1; got "
+                f"{self.decoder.width}, {salient.points} and {salient.roi}"
+            )

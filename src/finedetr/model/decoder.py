@@ -84,7 +84,10 @@ class Decoder(nn.Module, ABC):
         self.query_position_head = _position_head(config)
         self.split = config.split.joining != "none"
         layer_kind = SplitLayer if self.split else DecoderLayer
-        self.layers = nn.ModuleList(layer_kind(config, temperature, first=index == 0) for index in range(config.layers))
+        self.layers = nn.ModuleList(
+            layer_kind(config, temperature, first=index == 0 and not config.salient.queries)
+            for index in range(config.layers)
+        )
         heads = 1 if config.shared_scores else config.layers
         self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         self.spatial = (

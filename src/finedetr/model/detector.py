@@ -39,7 +39,7 @@ class Detector(nn.Module):
             else nn.Identity()
             for _ in config.strides
         )
-        self.selection = build_queries(decoder, classes)
+        self.selection = build_queries(decoder, classes, config.strides[0])
         # row C stands for padding slots and stays zero
         self.label_embedding = (
             nn.Embedding(classes + 1, width, padding_idx=classes) if decoder.boxes_are_queries else None
@@ -132,7 +132,7 @@ class Detector(nn.Module):
             )
         judged = list(zip(extra, groups, strict=True))
         if queries.proposals is not None:
-            judged.append(_proposals(queries.proposals))
+            judged.append(_proposals(queries.proposals, queries.agnostic, self.config.decoder.salient.weight))
         return Output(own, tuple(judged), pyramid, trace)
 
     def _prediction(
@@ -201,8 +201,8 @@ class Detector(nn.Module):
             )
 
 
-def _proposals(answer: Answer) -> tuple[QueryGroup, Prediction]:
-    """What the encoder of a detector in two stages answers for all tokens; it has no classes yet (spec 2.3)."""
-    boxes = answer.boxes
-    group = QueryGroup("proposals", boxes.detach(), content=boxes.new_zeros(*boxes.shape[:2], 0), agnostic=True)
+def _proposals(answer: Answer, agnostic: bool, weight: float) -> tuple[QueryGroup, Prediction]:
+    """What the encoder of a detector in two stages answers for all tokens (spec 2.3, 3.3)."""
+    boxes, nothing = answer.boxes, answer.boxes.new_zeros(*answer.boxes.shape[:2], 0)
+    group = QueryGroup("proposals", boxes.detach(), content=nothing, agnostic=agnostic, weight=weight)
     return group, Prediction(answer.logits.float()[None], boxes[None], ("encoder",))

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from finedetr.model.config import DecoderConfig
 from finedetr.model.decoder_layers import Seeds
 from finedetr.model.layers import MLP, focal_bias
+from finedetr.model.salient import MiniDetector, SalientPoints, level_maps
 from finedetr.model.sines import sine_code
 
-__all__ = ["Answer", "LearnedAnchors", "LearnedPoints", "Queries", "QuerySelection", "anchor_table", "build_queries"]
+__all__ = [
+    "Answer",
+    "LearnedAnchors",
+    "LearnedPoints",
+    "Queries",
+    "QuerySelection",
+    "SalientQueries",
+    "anchor_table",
+    "build_queries",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,8 @@ class Queries:
     positions: Float[Tensor, "B Q D"] | None = None  # where the decoder does not make them of the references
     tokens: Int[Tensor, "B Q"] | None = None  # which cell of the flattened pyramid each comes from, if from any
     encoder: Answer | None = None  # the stage "encoder" of these queries
-    proposals: Answer | None = None  # of all tokens, in training, where classes do not count yet
+    proposals: Answer | None = None  # of all tokens, in training
+    agnostic: bool = False  # classes do not count yet in the proposals
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
     scoring: Seeds | None = None  # what the branch for classes of a split decoder starts with, where it has its own
 
@@ -104,7 +115,7 @@ class QuerySelection(nn.Module):
         code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
         positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
         everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
-        return Queries(content, boxes, positions, proposals=everything, tokens=tokens, embedded=kept)
+        return Queries(content, boxes, positions, tokens=tokens, embedded=kept, proposals=everything, agnostic=True)
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
@@ -185,8 +196,47 @@ class LearnedAnchors(nn.Module):
         return Queries(self.content.weight.expand(len(memory), -1, -1), boxes)
 
 
-def build_queries(config: DecoderConfig, classes: int) -> QuerySelection | LearnedPoints | LearnedAnchors:
-    """Where a configuration has its queries from."""
+class SalientQueries(nn.Module):
+    """Task-aware query generation (SD-DETR, spec 3.3): the best boxes of a small detector, and salient points in them.
+
+    A split decoder has points for classes and points for boxes, any other the same for both.
+
+    Args:
+        config: Of the decoder.
+        classes: C.
+        stride: Of the finest level; the boxes of its cells begin with sides of 0.05 at stride 8, as proposals do.
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int, stride: int) -> None:
+        super().__init__()
+        self.queries, self.detached, self.side = config.queries, config.salient.detached, 0.05 * stride / 8
+        self.mini = MiniDetector(config, classes)
+        self.boxes = SalientPoints(config)
+        self.scores = SalientPoints(config) if config.split.joining != "none" else None
+
+    def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
+        """The queries of a batch; at most as many as the pyramid has cells."""
+        maps = level_maps(memory, shapes)
+        logits, boxes = self.mini(maps, anchor_table(shapes, self.side, margin=0.0)[0].to(memory.device))
+        best = logits.detach().amax(dim=-1).topk(min(self.queries, memory.shape[1]), dim=1).indices
+        chosen = (boxes.detach() if self.detached else boxes).gather(1, best[..., None].expand(-1, -1, 4))
+        level = torch.cat([torch.full((h * w,), i, device=best.device) for i, (h, w) in enumerate(shapes)])[best]
+        own = self.boxes(maps, level, chosen)
+        return Queries(
+            own.content,
+            own.references,
+            own.positions,
+            proposals=Answer(logits, boxes) if self.training else None,
+            scoring=None if self.scores is None else self.scores(maps, level, chosen),
+        )
+
+
+def build_queries(
+    config: DecoderConfig, classes: int, stride: int
+) -> QuerySelection | LearnedPoints | LearnedAnchors | SalientQueries:
+    """Where a configuration has its queries from; `stride` is the finest level's."""
+    if config.salient.queries:
+        return SalientQueries(config, classes, stride)
     match config.source:
         case "points":
             return LearnedPoints(config)

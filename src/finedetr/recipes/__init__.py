@@ -21,7 +21,7 @@ from finedetr.recipes.fdr import fdr
 from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
-from finedetr.recipes.sd_detr import sd_alignment, sd_detr, sd_split
+from finedetr.recipes.sd_detr import sd_alignment, sd_detr, sd_queries, sd_split
 from finedetr.train.recipe import Recipe
 
 __all__ = [
@@ -68,6 +68,7 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
     "od-detr-paper": od_detr_paper,
     "sd-detr": sd_detr,
     "sd-split": sd_split,
+    "sd-queries": sd_queries,
     "sd-alignment": sd_alignment,
 }
 """What `--with` puts on top, in the order given."""

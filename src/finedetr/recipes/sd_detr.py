@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finedetr.model.config import SplitConfig
+from finedetr.errors import UsageError
+from finedetr.model.config import SalientConfig, SplitConfig
 from finedetr.recipes.fdr import with_decoder
 from finedetr.supervise.terms import Focal, MatchabilityAware, QualityFocal, TaskAligned, Varifocal
 from finedetr.train.recipe import Recipe
 
-__all__ = ["sd_alignment", "sd_detr", "sd_split"]
+__all__ = ["sd_alignment", "sd_detr", "sd_queries", "sd_split"]
 
 BY_BOX = (Varifocal, MatchabilityAware)  # class terms with targets of their own, at weight 1 where TaskAligned has 2
 
@@ -26,7 +27,9 @@ def sd_detr(base: Recipe) -> Recipe:
     parts, from the authors' 41.7: split +1.4, queries +0.5, alignment +1.9. On other hosts nothing is published, and we
     expect less of it. Not checked by us on COCO; on drawn pictures: see LOG.md.
     """
-    return sd_alignment(sd_split(base))
+    made = sd_alignment(sd_queries(sd_split(base)))
+    decoder = made.model.decoder
+    return made if decoder == base.model.decoder else replace(made, model=with_decoder(base, "sd", decoder).model)
 
 
 def sd_split(base: Recipe) -> Recipe:
@@ -45,6 +48,35 @@ def sd_split(base: Recipe) -> Recipe:
         joining="token" if base.model.classic else "fused", queries="own" if decoder.source == "points" else "shared"
     )
     return with_decoder(base, "split", replace(decoder, split=split))
+
+
+def sd_queries(base: Recipe) -> Recipe:
+    """SD-DETR's second part: queries of their own for classes and for boxes, made of the picture.
+
+    Where queries are learned (Conditional and Deformable DETR, DAB-DETR), a small detector finds boxes, and points in
+    them, for each task its own, make the queries; without `sd-split` before it, the same points for both. Where they
+    are tokens of the pyramid, each branch moves them by a linear layer that begins with zero (spec 6.2).
+
+    Command: `finedetr train --data pictures/ --with sd-split sd-queries`.
+    Expect: see `sd_detr`.
+
+    Raises:
+        UsageError: Queries are tokens, and there is one branch.
+    """
+    decoder = base.model.decoder
+    learned = decoder.source in ("points", "anchors")
+    if decoder.salient.queries or (decoder.split.queries == "own" and not learned):
+        return base
+    if learned:
+        split = replace(decoder.split, queries="shared")
+        return with_decoder(base, "salient", replace(decoder, split=split, salient=SalientConfig(queries=True)))
+    if decoder.split.joining == "none":
+        raise UsageError(
+            f"queries of {base.model.name} are tokens of the picture already; only two branches can have their own",
+            code="conflict",
+            hint="Give --with sd-split sd-queries, or --with sd-detr.",
+        )
+    return with_decoder(base, "queries", replace(decoder, split=replace(decoder.split, queries="own")))
 
 
 def sd_alignment(base: Recipe) -> Recipe:
