@@ -150,8 +150,7 @@ def row(table: dict[str, Published], model: str) -> Published:
         ConfigError: The name looks like one of D-FINE's sizes but is none.
     """
     family, _, size = model.removeprefix("deim-").partition("-")
-    if family == "dfine" and "s" in table and size not in table:
+    fitting = [key for key in table if f"{size}-".startswith(f"{key}-")]  # "s-sd" is a variation of "s"
+    if not fitting and family == "dfine" and "s" in table:
         raise ConfigError(f"no published recipe for {model!r}", hint=did_you_mean(size, table))
-    if size not in table:
-        size = size.removesuffix("-dsp")
-    return table[size] if size in table else table["s" if "s" in table else "r50"]
+    return table[max(fitting, key=len)] if fitting else table["s" if "s" in table else "r50"]
