@@ -42,6 +42,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         with torch.device("meta"):
             card = read_card(request.teacher)
             memory += 4 * sum(p.numel() for p in Detector(card.config, len(card.names)).parameters())
+    cost = price(recipe, len(data.train.categories))
     values = flatten(to_dict(recipe))
     layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
     origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
@@ -57,7 +58,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "steps": plan.total,
         "warmup_steps": recipe.schedule.warmup_of(plan.total),
         "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
-        "price": price(recipe, len(data.train.categories)),
+        "price": cost,
         "average_decay": plan.decay,
         "memory_bytes": memory,
         "teacher": str(request.teacher) if request.teacher else None,
@@ -75,7 +76,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         *([balance_line(recipe, data)] if recipe.balance else []),
-        *_price_line(document["price"]),
+        *_price_line(cost),
         f"average    decay {plan.decay:.6g}",
         *([f"teacher    {request.teacher}"] if request.teacher else []),
         request.recipe.why_batch(recipe, pictures),

@@ -138,5 +138,5 @@ class SalientPoints(nn.Module):
         x = F.relu(region_features(narrow, level, boxes, self.side) + self.squeeze.bias).flatten(2)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
-        moved = self.layers[-1](x).float().unflatten(-1, (-1, 2)).tanh()
+        moved: Tensor = self.layers[-1](x).float().unflatten(-1, (-1, 2)).tanh()
         return boxes[..., None, :2] + 0.5 * boxes[..., None, 2:] * moved
