@@ -22,6 +22,7 @@ from finedetr.supervise.terms import (
     LocalizationDistillation,
     MatchabilityAware,
     QualityFocal,
+    TaskAligned,
     Term,
     Varifocal,
     _EdgeDivergence,
@@ -34,6 +35,7 @@ ALL = [
     Varifocal(),
     MatchabilityAware(),
     QualityFocal(),
+    TaskAligned(),
     BoxL1(),
     BoxGIoU(),
     FineGrainedLocalization(),
@@ -108,9 +110,24 @@ def quality_focal(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
     return (q * y - x.sigmoid()).abs() ** 2 * F.binary_cross_entropy_with_logits(x, q * y, reduction="none")
 
 
+def aligned(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    s = x.sigmoid()
+    t = (s**0.25 * q**0.75).detach() * y
+    return (t - s).abs() ** 2 * F.binary_cross_entropy_with_logits(x, t, reduction="none")
+
+
+def aligned_at_rest(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    s = x.sigmoid().detach()
+    t = (s**0.25 * q**0.75).clamp(min=0.3) * y
+    share = (t - s).abs() ** 2 * (0.25 * y + 0.75 * (1 - y))
+    return share * F.binary_cross_entropy_with_logits(x, t, reduction="none")
+
+
 @pytest.mark.parametrize(
     ("term", "formula"),
     [
+        (TaskAligned(), aligned),
+        (TaskAligned(moving=False, least=0.3, balance=0.25), aligned_at_rest),
         (Focal(), focal),
         (Varifocal(), varifocal),
         (MatchabilityAware(), matchability),
@@ -118,7 +135,8 @@ def quality_focal(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
     ],
 )
 def test_label_terms_equal_their_formula_and_its_gradient(
-    term: Focal | Varifocal | MatchabilityAware | QualityFocal, formula: Callable[[Tensor, Tensor, Tensor], Tensor]
+    term: Focal | Varifocal | MatchabilityAware | QualityFocal | TaskAligned,
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 4, 5, dtype=torch.float64) * 4).requires_grad_()
@@ -136,11 +154,51 @@ def test_label_terms_equal_their_formula_and_its_gradient(
 
 def test_label_terms_survive_extreme_logits() -> None:
     x = torch.tensor([-200.0, -90.0, 90.0, 200.0]).view(1, 1, 1, 4).requires_grad_()
-    for term in (Focal(), Varifocal(), MatchabilityAware(), QualityFocal()):
+    for term in (Focal(), Varifocal(), MatchabilityAware(), QualityFocal(), TaskAligned()):
         total = _LabelSum.apply(x, torch.tensor([0, 3]), torch.ones(2), term._background, term._foreground)
         (slope,) = torch.autograd.grad(total.sum(), x)
         assert bool(total.isfinite().all())
         assert bool(slope.isfinite().all())
+
+
+def at_pair(term: TaskAligned, score: float, overlap: float) -> tuple[float, float]:
+    """Value and slope of one pair."""
+    p = torch.tensor([score], dtype=torch.float64)
+    value, slope = term._foreground(p.logit(), p, torch.tensor([overlap], dtype=torch.float64))
+    return value.item(), slope.item()
+
+
+def test_alignment_rests_where_the_score_is_the_overlap() -> None:
+    """The factor vanishes there, so no entropy is left; below it scores rise, above it they fall (spec 7.1, S3)."""
+    for overlap in (0.1, 0.5, 0.9):
+        assert at_pair(TaskAligned(), overlap, overlap) == pytest.approx((0, 0), abs=1e-12)
+        assert (
+            at_pair(TaskAligned(), overlap - 0.05, overlap)[1] < 0 < at_pair(TaskAligned(), overlap + 0.05, overlap)[1]
+        )
+
+
+def test_alignment_without_overlap_is_background() -> None:
+    p = torch.tensor([0.02, 0.4, 0.97], dtype=torch.float64)
+    term, x = TaskAligned(), p.logit()
+    background = term._background(x, p)
+    torch.testing.assert_close(background[0], -(p**2) * (1 - p).log())
+    for mine, theirs in zip(term._foreground(x, p, torch.zeros_like(p)), background, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_factor_of_alignment_carries_most_of_its_gradient() -> None:
+    """Near the target the gradient through the factor is hundreds of times the rest (spec 3.4)."""
+    overlap = (0.61 / 0.57**0.25) ** (1 / 0.75)
+    assert at_pair(TaskAligned(), 0.57, overlap)[1] / at_pair(TaskAligned(moving=False), 0.57, overlap)[1] > 200
+
+
+def test_alignment_has_a_gradient_through_the_score_only() -> None:
+    s = golden.supervision()
+    s.answers.boxes.requires_grad_()
+    s.answers.logits.requires_grad_()
+    TaskAligned()(s).sum().backward()
+    assert s.answers.boxes.grad is None
+    assert s.answers.logits.grad.abs().min() > 0
 
 
 def test_edge_divergence_equals_its_formula_and_passes_gradcheck() -> None:

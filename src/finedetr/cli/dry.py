@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from finedetr.data.balance import repeat_factors
+from finedetr.model.cost import count_operations
+from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
 from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
@@ -40,6 +42,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         with torch.device("meta"):
             card = read_card(request.teacher)
             memory += 4 * sum(p.numel() for p in Detector(card.config, len(card.names)).parameters())
+    cost = price(recipe, len(data.train.categories))
     values = flatten(to_dict(recipe))
     layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
     origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
@@ -55,6 +58,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "steps": plan.total,
         "warmup_steps": recipe.schedule.warmup_of(plan.total),
         "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
+        "price": cost,
         "average_decay": plan.decay,
         "memory_bytes": memory,
         "teacher": str(request.teacher) if request.teacher else None,
@@ -72,6 +76,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
         *([balance_line(recipe, data)] if recipe.balance else []),
+        *_price_line(cost),
         f"average    decay {plan.decay:.6g}",
         *([f"teacher    {request.teacher}"] if request.teacher else []),
         request.recipe.why_batch(recipe, pictures),
@@ -80,6 +85,29 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         f"out        {request.out}",
     ]
     return document, "\n".join(lines)
+
+
+def price(recipe: Recipe, classes: int) -> dict[str, list[float]] | None:
+    """Parameters and GFLOPs of the host and of the detector that its split decoder makes of it; None: it is whole."""
+    host = recipe.model.whole
+    if host == recipe.model:
+        return None
+    with torch.device("meta"):
+        both = [deployed(Detector(config, classes)) for config in (host, recipe.model)]
+    return {
+        "parameters": [sum(p.numel() for p in detector.parameters()) for detector in both],
+        "gflops": [count_operations(detector, recipe.size) / 1e9 for detector in both],
+    }
+
+
+def _price_line(found: dict[str, list[float]] | None) -> list[str]:
+    if found is None:
+        return []
+    (host, split), (before, after) = ([n / 1e6 for n in found["parameters"]], found["gflops"])
+    return [
+        f"price      {host:.1f} -> {split:.1f} M parameters ({split / host - 1:+.0%}), {before:.1f} -> {after:.1f} "
+        f"GFLOPs ({after / before - 1:+.0%}), against the host whose decoder is whole"
+    ]
 
 
 def expected_memory(recipe: Recipe, classes: int) -> int:

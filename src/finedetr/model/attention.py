@@ -217,17 +217,25 @@ class DeformableAttention(nn.Module):
     Each head samples `points[l]` places of level l around the reference and adds them with softmax weights over all
     points of all levels. Offsets are in units of the reference box, or of a level's cells where it is a point. A place
     is read between its four cells, or (`discrete`, RT-DETRv2's "dsp", for runtimes without GridSample) at one cell; its
-    offsets then have no gradient and stay what they are.
+    offsets then have no gradient and stay what they are. One that does not read (`reads`) is shown what another has
+    read.
     """
 
     reach: Tensor
 
     def __init__(
-        self, width: int, heads: int, points: tuple[int, ...], *, projected: bool = False, discrete: bool = False
+        self,
+        width: int,
+        heads: int,
+        points: tuple[int, ...],
+        *,
+        projected: bool = False,
+        discrete: bool = False,
+        reads: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.points, self.discrete = heads, points, discrete
-        self.value = nn.Linear(width, width) if projected else None
+        self.value = nn.Linear(width, width) if projected and reads else None
         self.out = nn.Linear(width, width) if projected else None
         total = sum(points)
         self.sampling_offsets = nn.Linear(width, heads * total * 2)
@@ -258,12 +266,18 @@ class DeformableAttention(nn.Module):
         x: Float[Tensor, "B N D"],
         references: Float[Tensor, "*B N R"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
+        shown: tuple[Float[Tensor, "B D H W"], ...] | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1]) or points (x, y)."""
+        """Queries look at the pyramid around their reference boxes (cx, cy, w, h in [0, 1]) or points (x, y).
+
+        Args:
+            x: Queries.
+            references: Where they look.
+            memory: The pyramid.
+            shown: What another attention has read of it, for one that does not read.
+        """
         batch, queries, _ = x.shape
-        if self.value is not None:
-            project = self.value
-            memory = tuple(project(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for level in memory)
+        memory = self.read(memory) if shown is None else shown
         offsets = self.sampling_offsets(x).view(batch, queries, self.heads, -1, 2).float()
         weights = self.attention_weights(x).view(batch, queries, self.heads, -1).float().softmax(dim=-1)
         references = references[..., None, None, :]
@@ -280,6 +294,13 @@ class DeformableAttention(nn.Module):
             seen = self._sum_of_samples(places, weights, memory)
         seen = seen.to(x.dtype)
         return seen if self.out is None else self.out(seen)
+
+    def read(self, memory: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B D H W"], ...]:
+        """What queries find in the pyramid: its projection, where there is one."""
+        if self.value is None:
+            return memory
+        project = self.value
+        return tuple(project(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for level in memory)
 
     def _cells(self, memory: tuple[Tensor, ...], like: Tensor) -> Float[Tensor, "P 2"]:
         """Width and height of a cell of each point's level."""

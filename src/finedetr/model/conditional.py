@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from finedetr.model.attention import attend
 from finedetr.model.layers import MLP
 from finedetr.model.sines import SineMap, place_code
 
-__all__ = ["ConditionalAttention", "SpatialQuery"]
+__all__ = ["ConditionalAttention", "Shown", "SpatialQuery"]
 
 
 class SpatialQuery(nn.Module):
@@ -45,6 +47,15 @@ class SpatialQuery(nn.Module):
         return code
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Keys and values of a map."""
+
+    content: Float[Tensor, "B T D"]
+    place: Float[Tensor, "B T D"]
+    value: Float[Tensor, "B T D"]
+
+
 class ConditionalAttention(nn.Module):
     """Multi-head attention whose scores add content to content and place to place (Meng et al., 2021; spec 2.2).
 
@@ -54,15 +65,19 @@ class ConditionalAttention(nn.Module):
         temperature: Of the sine code of the map's cells, which is the encoder's.
         first: In the first layer, contents take in positions, for the queries have none yet.
         dropout: Of the attention, in training.
+        reads: Whether it has keys and values of its own; otherwise it is shown another's.
     """
 
-    def __init__(self, width: int, heads: int, temperature: float, *, first: bool, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, temperature: float, *, first: bool, dropout: float = 0.0, reads: bool = True
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.cells = SineMap(width, temperature)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.query, self.spatial, self.out = (nn.Linear(width, width) for _ in range(3))
         self.query_position = nn.Linear(width, width) if first else None
-        self.key_position, self.spatial, self.out = (nn.Linear(width, width) for _ in range(3))
+        if reads:
+            self.key, self.value, self.key_position = (nn.Linear(width, width) for _ in range(3))
         for layer in self.children():
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
@@ -74,23 +89,38 @@ class ConditionalAttention(nn.Module):
         positions: Float[Tensor, "B N D"],
         spatial: Float[Tensor, "B N D"],
         memory: tuple[Float[Tensor, "B D H W"], ...],
+        shown: Shown | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Queries look at the only level of the pyramid."""
-        (level,) = memory
-        height, width = (int(side) for side in level.shape[-2:])
-        tokens = level.flatten(2).transpose(1, 2)
-        query, key = self.query(x), self.key(tokens)
-        place = self.key_position(self.cells(height, width, x.device).to(x.dtype)).expand_as(key)
+        """Queries look at the only level of the pyramid.
+
+        Args:
+            x: What they seek.
+            positions: Of the queries.
+            spatial: Where they seek.
+            memory: The pyramid.
+            shown: What another attention has read of it, for one that does not read.
+        """
+        keys = self.read(memory) if shown is None else shown
+        query = self.query(x)
         if self.query_position is not None:
-            query, key = query + self.query_position(positions), key + place
+            query = query + self.query_position(positions)
         seen = attend(
             torch.cat((self._split(query), self._split(self.spatial(spatial))), dim=-1),
-            torch.cat((self._split(key), self._split(place)), dim=-1),
-            self._split(self.value(tokens)),
+            torch.cat((self._split(keys.content), self._split(keys.place)), dim=-1),
+            self._split(keys.value),
             dropout=self.dropout if self.training else 0.0,
         )
         out: Tensor = self.out(seen.transpose(1, 2).flatten(2).to(x.dtype))
         return out
+
+    def read(self, memory: tuple[Float[Tensor, "B D H W"], ...]) -> Shown:
+        """Keys and values of the only level of the pyramid."""
+        (level,) = memory
+        height, width = (int(side) for side in level.shape[-2:])
+        tokens = level.flatten(2).transpose(1, 2)
+        key = self.key(tokens)
+        place = self.key_position(self.cells(height, width, level.device).to(level.dtype)).expand_as(key)
+        return Shown(key if self.query_position is None else key + place, place, self.value(tokens))
 
     def _split(self, x: Tensor) -> Tensor:
         parts: Tensor = x.unflatten(-1, (self.heads, -1))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from finedetr.errors import ConfigError
 
-__all__ = ["BackboneConfig", "DecoderConfig", "EncoderConfig", "Fusion", "ModelConfig", "Source"]
+__all__ = [
+    "BackboneConfig",
+    "DecoderConfig",
+    "EncoderConfig",
+    "Fusion",
+    "Joining",
+    "ModelConfig",
+    "SalientConfig",
+    "Source",
+    "SplitConfig",
+]
 
 Fusion = Literal["elan", "csp", "sum-elan4", "sum-elan5", "lite", "single", "deformable"]
 """How two levels are joined: D-FINE's blocks, RT-DETR's, DEIMv2's two on sums, or without attention (`LiteEncoder`).
@@ -21,6 +31,13 @@ Source = Literal["tokens", "points", "anchors", "proposals", "mixed"]
 tokens: the best tokens are content and boxes (RT-DETR family). points: learned content, position and point (Conditional
 DETR, Deformable DETR). anchors: learned content and boxes (DAB-DETR). proposals: the boxes of the best tokens, from
 which content and position are made (Deformable DETR in two stages). mixed: these boxes, learned content (DINO).
+"""
+
+Joining = Literal["none", "token", "channel", "fused", "apart"]
+"""How the self-attention of a split decoder sees its two branches (SD-DETR, spec 3.2).
+
+none: the decoder is not split. token: as twice as many tokens. channel: as tokens of twice the width. fused: as the
+mean of both, learned from there on; no dearer than without. apart: each branch has its own, the whole decoder is split.
 """
 
 
@@ -54,6 +71,31 @@ class EncoderConfig:
     scaled: bool = False  # each layer stretches the code by what a token has seen (DAB-DETR)
     activation: Literal["relu", "prelu"] = "relu"
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Branches of the decoder for classes and for boxes, with attention to the pyramid and feed-forward each."""
+
+    joining: Joining = "none"
+    queries: Literal["shared", "own"] = "shared"  # what the branches start from; own: where learned, twice, and where
+    # a token or a box makes a query, moved by a linear layer that begins with zero
+    shared_memory: bool = True  # one projection of the pyramid for both, where the attention has any
+    shared_norm: bool = False  # of the norm before the heads
+    modulation: Literal["boxes", "own"] = "boxes"  # which state stretches the spatial queries of conditional attention
+    half: bool = False  # feed-forward networks of half the width: as many parameters as before, and a fresh start
+
+
+@dataclass(frozen=True)
+class SalientConfig:
+    """Queries made of each picture's salient points, in the place of learned ones (SD-DETR, spec 3.3)."""
+
+    queries: bool = False
+    points: int = 8  # of each query and task
+    roi: int = 7  # a box is read at so many places a side
+    tower: Literal["conv", "mlp", "linear"] = "conv"  # of the small detector that finds the boxes
+    weight: float = 1.0  # of the small detector's losses
+    detached: bool = True  # losses of the decoder do not reach the boxes, which the small detector's own teach
 
 
 @dataclass(frozen=True)
@@ -95,6 +137,8 @@ class DecoderConfig:
     final_norm: bool = False  # a norm between the layers' states and the heads
     logit_margin: float = 1e-5  # how near to 0 and 1 a reference may come before its logit is taken
     dropout: float = 0.0
+    split: SplitConfig = field(default_factory=SplitConfig)
+    salient: SalientConfig = field(default_factory=SalientConfig)
 
     @property
     def head_activation(self) -> str:
@@ -134,6 +178,11 @@ class ModelConfig:
         return self.encoder.fusion in ("single", "deformable")
 
     @property
+    def whole(self) -> ModelConfig:
+        """The same host without the parts of SD-DETR."""
+        return replace(self, decoder=replace(self.decoder, split=SplitConfig(), salient=SalientConfig()))
+
+    @property
     def _backbone_strides(self) -> tuple[int, ...]:
         dilated = self.backbone.dilated
         return tuple(16 if dilated and stage == 3 else 4 * 2**stage for stage in self.backbone.stages)
@@ -160,6 +209,14 @@ class ModelConfig:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")
         if self.decoder.position_layers not in (2, 3):
             raise ConfigError(f"decoder.position_layers must be 2 or 3; got {self.decoder.position_layers}")
+        split = self.decoder.split
+        if split.joining == "none" and split != SplitConfig():
+            raise ConfigError(
+                f"decoder.split describes two branches, and split.joining is 'none'; got {split}",
+                hint="Such as --model.decoder.split.joining token, or --with sd-split before it.",
+            )
+        if self.decoder.salient.queries:
+            self._check_salient(self.decoder.salient)
         if self.decoder.bins % 2 == 0:
             raise ConfigError(f"decoder.bins must be odd, so that one bin means 'do not move'; got {self.decoder.bins}")
         for part, width, heads in (
@@ -168,3 +225,15 @@ class ModelConfig:
         ):
             if width % heads or width % 4:
                 raise ConfigError(f"{part}.width must be a multiple of its {heads} heads and of 4; got {width}")
+
+    def _check_salient(self, salient: SalientConfig) -> None:
+        if self.decoder.source not in ("points", "anchors"):
+            raise ConfigError(
+                f"salient points take the place of learned queries; got decoder.source={self.decoder.source!r}",
+                hint="Where tokens are queries, branches have their own with --model.decoder.split.queries own.",
+            )
+        if self.decoder.width % 32 or salient.points < 1 or salient.roi < 1:
+            raise ConfigError(
+                "decoder.salient wants a decoder.width that is a multiple of 32, and points and roi from 1; got "
+                f"{self.decoder.width}, {salient.points} and {salient.roi}"
+            )

@@ -11,16 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from finedetr.geometry import decode_edges, inverse_sigmoid
-from finedetr.model.attention import DeformableAttention, SelfAttention
-from finedetr.model.conditional import ConditionalAttention, SpatialQuery
+from finedetr.model.attention import SelfAttention
+from finedetr.model.conditional import SpatialQuery
 from finedetr.model.config import DecoderConfig
+from finedetr.model.decoder_layers import Both, DecoderLayer, Seeds, SplitLayer, of_both
 from finedetr.model.heads import BinTable, LocationQuality, expected_distances
-from finedetr.model.layers import MLP, activation, focal_bias
+from finedetr.model.layers import MLP, focal_bias
 from finedetr.model.sines import place_code
 
-__all__ = ["Decoder", "DecoderLayer", "DistributionDecoder", "PlainDecoder", "Refinement", "build_decoder"]
-
-_HALF_MAX = 65504.0  # the largest float16: the published layers clamp there
+__all__ = ["Decoder", "DistributionDecoder", "PlainDecoder", "Refinement", "build_decoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,103 +32,6 @@ class Refinement:
     corners: Float[Tensor, "L B N 4 K"] | None = None  # accumulated edge logits of the layers
     anchors: Float[Tensor, "B N 4"] | None = None
     states: Float[Tensor, "L B N D"] | None = None  # behind each layer; outside training only
-
-
-class Gateway(nn.Module):
-    """Chooses, channel by channel, between what a query was and what it saw (D-FINE's target gating)."""
-
-    def __init__(self, width: int, norm: nn.Module) -> None:
-        super().__init__()
-        self.gate = nn.Linear(2 * width, 2 * width)
-        self.norm = norm
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-
-    def forward(self, x: Float[Tensor, "B N D"], seen: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """norm(g1 · x + g2 · seen)."""
-        old, new = self.gate(torch.cat((x, seen), dim=-1)).sigmoid().chunk(2, dim=-1)
-        out: Tensor = self.norm(old * x + new * seen)
-        return out
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward (spec 1.4, steps 1-4; 1.6; 1.7; and 2.2, 2.3 of the classic hosts).
-
-    What a query saw is joined with what it was by a gateway (D-FINE) or by a sum and a norm.
-
-    Args:
-        config: What it is made of.
-        temperature: Of the cells' sine code in the encoder; conditional attention has the same.
-        first: Whether no layer stands before it.
-    """
-
-    def __init__(self, config: DecoderConfig, temperature: float, *, first: bool) -> None:
-        super().__init__()
-        width, inner = config.width, config.feedforward // 2 if config.gated else config.feedforward
-        conditional = config.attention == "conditional"
-        self.self_attention = SelfAttention(width, config.heads, separate=conditional, dropout=config.dropout)
-        self.norm1 = _norm(config)
-        self.cross_attention = (
-            ConditionalAttention(width, config.heads, temperature, first=first, dropout=config.dropout)
-            if conditional
-            else DeformableAttention(
-                width, config.heads, config.points, projected=config.projected, discrete=config.sampling == "discrete"
-            )
-        )
-        self.gateway = Gateway(width, _norm(config)) if config.gateway else None
-        self.norm2 = None if config.gateway else _norm(config)
-        self.linear1 = nn.Linear(width, 2 * inner if config.gated else inner)
-        self.linear2 = nn.Linear(inner, width)
-        self.norm3 = _norm(config)
-        self.act, self.gated, self.dropout = activation(config.activation), config.gated, config.dropout
-        for layer in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(layer.weight)
-            if config.gated:
-                nn.init.zeros_(layer.bias)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        positions: Float[Tensor, "B N D"],
-        where: Float[Tensor, "B N E"],
-        memory: tuple[Float[Tensor, "B D H W"], ...],
-        blocked: Bool[Tensor, "*B E N"] | None,
-    ) -> Float[Tensor, "B N D"]:
-        """The next state of the queries.
-
-        Args:
-            x: Their state.
-            positions: Added to what they look with.
-            where: References for deformable attention, spatial queries for conditional attention.
-            memory: The pyramid.
-            blocked: See `SelfAttention.forward`.
-        """
-        x = self.norm1(x + self._drop(self.self_attention(x, positions, blocked)))
-        if isinstance(self.cross_attention, ConditionalAttention):
-            seen = self._drop(self.cross_attention(x, positions, where, memory))
-        else:
-            seen = self._drop(self.cross_attention(x + positions, where, memory))
-        if self.gateway is not None:
-            x = self.gateway(x, seen)
-        else:
-            assert self.norm2 is not None
-            x = self.norm2(x + seen)
-        x = x + self._drop(self.linear2(self._drop(self._inner(x))))
-        out: Tensor = self.norm3(x.clamp(-_HALF_MAX, _HALF_MAX))
-        return out
-
-    def _inner(self, x: Tensor) -> Tensor:
-        gate, value = self.linear1(x).chunk(2, dim=-1) if self.gated else (self.linear1(x), None)
-        inner: Tensor = self.act(gate)
-        return inner if value is None else inner * value
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-
-def _norm(config: DecoderConfig) -> nn.Module:
-    """The norm of a decoder's layers."""
-    return nn.LayerNorm(config.width) if config.norm == "layer" else nn.RMSNorm(config.width, eps=1e-6)
 
 
 class Answers:
@@ -180,15 +82,22 @@ class Decoder(nn.Module, ABC):
         self.position_limit, self.position_once = config.position_limit, config.position_once
         self.coded = config.source != "tokens"  # positions are made of the boxes' sine code
         self.query_position_head = _position_head(config)
+        self.split = config.split.joining != "none"
+        layer_kind = SplitLayer if self.split else DecoderLayer
         self.layers = nn.ModuleList(
-            DecoderLayer(config, temperature, first=index == 0) for index in range(config.layers)
+            layer_kind(config, temperature, first=index == 0 and not config.salient.queries)
+            for index in range(config.layers)
         )
         heads = 1 if config.shared_scores else config.layers
         self.score_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         self.spatial = (
             SpatialQuery(width, sized=config.source == "anchors") if config.attention == "conditional" else None
         )
+        self.common_modulation = config.split.modulation == "boxes"
         self.norm = nn.LayerNorm(width) if config.final_norm else None
+        own_norm = self.split and config.final_norm and not config.split.shared_norm
+        self.score_norm = nn.LayerNorm(width) if own_norm else None
+        self.task_moves = _task_moves(config)
         for layer in self.query_position_head.layers if self.query_position_head is not None else ():
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
@@ -196,9 +105,9 @@ class Decoder(nn.Module, ABC):
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, focal_bias())
         if config.source != "tokens":  # the classic DETRs initialize every matrix so
-            for layer in self.layers:
-                assert isinstance(layer, DecoderLayer)
-                nn.init.xavier_uniform_(layer.self_attention.out.weight)
+            for part in self.layers.modules():
+                if isinstance(part, SelfAttention):
+                    nn.init.xavier_uniform_(part.out.weight)
 
     def forward(
         self,
@@ -208,6 +117,7 @@ class Decoder(nn.Module, ABC):
         blocked: Bool[Tensor, "*B E N"] | None = None,
         all_stages: bool = True,
         positions: Float[Tensor, "B N D"] | None = None,
+        scoring: Seeds | None = None,
     ) -> Refinement:
         """Refines the boxes of all queries, layer after layer.
 
@@ -218,24 +128,45 @@ class Decoder(nn.Module, ABC):
             blocked: See `SelfAttention.forward`.
             all_stages: Answer at every stage (training, teachers) or only at the last.
             positions: Of the queries, for all layers; None: they are made of the references.
+            scoring: What the branch for classes of a split decoder starts with; None: the same.
         """
-        x, reference, answers = content, references, Answers()
+        x, reference, given, answers = self._begin(content, references, positions, scoring)
         count = len(self.layers) if self.training else self.answering
-        keep = positions is not None or self.position_once
+        places = given
         for index, layer in enumerate(self.layers[:count]):
-            if positions is None or not keep:
-                positions = self._positions(reference, x.dtype)
-            where = reference if self.spatial is None else self.spatial(x, reference, first=index == 0)
-            x = layer(x, positions, where, memory, blocked)
+            if given is None and (places is None or not self.position_once):
+                places = of_both(self._positions, reference, Both.same(content))
+            x = layer(x, places, self._where(x, reference, first=index == 0), memory, blocked)
             if all_stages and not self.training:
-                answers.states.append(x)
+                answers.states.append(x.mean)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()
 
-    def _positions(self, boxes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _begin(
+        self, content: Tensor, references: Tensor, positions: Tensor | None, scoring: Seeds | None
+    ) -> tuple[Both, Both, Both | None, Answers]:
+        """What each branch starts with, and no answers."""
+        seeds = Seeds(content, references, positions) if scoring is None else scoring
+        x = Both(seeds.content, content)
+        if self.task_moves is not None:
+            x = Both(*(x[i] + move(x[i]) for i, move in enumerate(self.task_moves)))
+        given = None
+        if positions is not None:
+            given = Both(positions if seeds.positions is None else seeds.positions, positions)
+        return x, Both(seeds.references, references), given, Answers()
+
+    def _where(self, x: Both, reference: Both, *, first: bool) -> Both:
+        """Where a layer looks: at references, or with the spatial queries that are made of them."""
+        spatial = self.spatial
+        if spatial is None:
+            return reference
+        stretching = Both.same(x.boxes) if self.common_modulation else x
+        return of_both(lambda state, where: spatial(state, where, first=first), stretching, reference)
+
+    def _positions(self, boxes: Tensor, like: Tensor) -> Tensor:
         assert self.query_position_head is not None
         boxes = place_code(boxes, self.width // 2) if self.coded else boxes
-        positions: Tensor = self.query_position_head(boxes.to(dtype))
+        positions: Tensor = self.query_position_head(boxes.to(like.dtype))
         limit = self.position_limit
         return positions if limit is None else positions.clamp(-limit, limit)
 
@@ -244,18 +175,20 @@ class Decoder(nn.Module, ABC):
         logits = inverse_sigmoid(references, self.margin)
         return logits if logits.shape[-1] == 4 else F.pad(logits, (0, 2))
 
-    def _shown(self, x: Tensor) -> Tensor:
+    def _shown(self, x: Both) -> Both:
         """What the heads read of a state."""
-        return x if self.norm is None else self.norm(x)
+        if self.norm is None:
+            return x
+        if self.score_norm is None:
+            return of_both(self.norm, x)
+        return Both(self.score_norm(x.scores), self.norm(x.boxes))
 
-    def _score(self, index: int, x: Tensor) -> Tensor:
-        logits: Tensor = self.score_heads[index % len(self.score_heads)](x)
+    def _score(self, index: int, x: Both) -> Tensor:
+        logits: Tensor = self.score_heads[index % len(self.score_heads)](x.scores)
         return logits
 
     @abstractmethod
-    def _answer(
-        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
-    ) -> Tensor:
+    def _answer(self, index: int, x: Both, reference: Both, answers: Answers, all_stages: bool, last: bool) -> Both:
         """Adds what layer `index` answers where that is wanted; where the next layer looks."""
 
 
@@ -269,6 +202,19 @@ def _position_head(config: DecoderConfig) -> MLP | None:
             return MLP(4, 2 * width if layers == 2 else width, width, layers, act)
         case "anchors" | "mixed":
             return MLP(2 * width, width, width, 2, act)
+
+
+def _task_moves(config: DecoderConfig) -> nn.ModuleList | None:
+    """What makes the queries of the two branches of one, where that is not learned for each; begins with nothing.
+
+    After the light version of spec 6.2.
+    """
+    if config.split.queries == "shared" or config.source == "points":
+        return None
+    moves = nn.ModuleList(nn.Linear(config.width, config.width) for _ in Both._fields)
+    for parameter in moves.parameters():
+        nn.init.zeros_(parameter)
+    return moves
 
 
 def _start(head: MLP, config: DecoderConfig) -> None:
@@ -295,28 +241,26 @@ class DistributionDecoder(Decoder):
             assert isinstance(head, MLP)
             head.zero_last()
 
-    def _answer(
-        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
-    ) -> Tensor:
+    def _answer(self, index: int, x: Both, reference: Both, answers: Answers, all_stages: bool, last: bool) -> Both:
         x = self._shown(x)
         if index == 0:
-            initial = (self.initial_box_head(x).float() + self._logits(reference)).sigmoid()
+            initial = (self.initial_box_head(x.boxes).float() + self._logits(reference.boxes)).sigmoid()
             answers.anchors = initial.detach()
             if all_stages:
                 answers.add("initial", self._score(0, x), initial)
         assert answers.anchors is not None
         head = self.edge_heads[index % len(self.edge_heads)]
-        moved = head(x if answers.content is None else x + answers.content.detach()).float()
+        moved = head(x.boxes if answers.content is None else x.boxes + answers.content.detach()).float()
         moved = moved.unflatten(-1, (4, -1))
         corners = moved if answers.moved is None else moved + answers.moved
         probabilities = corners.softmax(dim=-1)
         distances = expected_distances(probabilities, self.bin_table.values)
         box: Tensor = decode_edges(answers.anchors, distances, self.bin_table.scale)
         if all_stages or last:
-            logits = self._score(index, x) + self.quality_heads[index](probabilities.to(x.dtype))
+            logits = self._score(index, x) + self.quality_heads[index](probabilities.to(x.scores.dtype))
             answers.add(f"layer{index}", logits, box, corners)
-        answers.moved, answers.content = corners, x
-        return box.detach() if self.refine else reference
+        answers.moved, answers.content = corners, x.boxes
+        return Both.same(box.detach()) if self.refine else reference
 
 
 class PlainDecoder(Decoder):
@@ -340,25 +284,23 @@ class PlainDecoder(Decoder):
             if index == 0:
                 _start(head, config)
 
-    def _answer(
-        self, index: int, x: Tensor, reference: Tensor, answers: Answers, all_stages: bool, last: bool
-    ) -> Tensor:
-        head, base = self.box_heads[index % len(self.box_heads)], self._logits(reference)
+    def _answer(self, index: int, x: Both, reference: Both, answers: Answers, all_stages: bool, last: bool) -> Both:
+        head, base = self.box_heads[index % len(self.box_heads)], self._logits(reference.boxes)
         moved = None
         if all_stages or last:
             shown = self._shown(x)
-            moved = head(shown).float()
+            moved = head(shown.boxes).float()
             # the same numbers; the gradient goes one layer further, and no more than one
             start = base if answers.box is None else self._logits(answers.box)
             answers.add(f"layer{index}", self._score(index, shown), (moved + start).sigmoid())
         if last or not self.refine:
             return reference
         if moved is None or self.norm is not None:
-            moved = head(x).float()
+            moved = head(x.boxes).float()
         box: Tensor = (moved + base).sigmoid()
         if self.look_twice:
             answers.box = box
-        return box.detach()
+        return Both.same(box.detach())
 
 
 def build_decoder(

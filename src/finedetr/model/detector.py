@@ -10,6 +10,7 @@ from finedetr.errors import ConfigError, DataError
 from finedetr.model.backbones import build_backbone
 from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
+from finedetr.model.decoder_layers import Seeds
 from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
 from finedetr.model.queries import Answer, Queries, QuerySelection, build_queries
@@ -38,7 +39,7 @@ class Detector(nn.Module):
             else nn.Identity()
             for _ in config.strides
         )
-        self.selection = build_queries(decoder, classes)
+        self.selection = build_queries(decoder, classes, config.strides[0])
         # row C stands for padding slots and stays zero
         self.label_embedding = (
             nn.Embedding(classes + 1, width, padding_idx=classes) if decoder.boxes_are_queries else None
@@ -84,8 +85,16 @@ class Detector(nn.Module):
                 queries.references.shape[1],
                 images.device,
             )
-        content, references, positions = self._join(extra, queries, tokens, shapes)
-        answers = self.decoder(content, references, memory, blocked, all_stages or bool(extra), positions)
+        seeds, scoring = self._join(extra, queries, tokens, shapes)
+        answers = self.decoder(
+            seeds.content,
+            seeds.references,
+            memory,
+            blocked,
+            all_stages or bool(extra),
+            seeds.positions,
+            scoring,
+        )
         trace = None
         if all_stages and queries.tokens is not None:
             own = queries.tokens.shape[1]
@@ -123,7 +132,7 @@ class Detector(nn.Module):
             )
         judged = list(zip(extra, groups, strict=True))
         if queries.proposals is not None:
-            judged.append(_proposals(queries.proposals))
+            judged.append(_proposals(queries.proposals, queries.agnostic, self.config.decoder.salient.weight))
         return Output(own, tuple(judged), pyramid, trace)
 
     def _prediction(
@@ -137,18 +146,30 @@ class Detector(nn.Module):
 
     def _join(
         self, extra: tuple[QueryGroup, ...], queries: Queries, tokens: Tensor, shapes: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Content, references and (where the decoder does not make them) positions of all queries, ours last."""
+    ) -> tuple[Seeds, Seeds | None]:
+        """What all queries start with, ours last; the second for the branch for classes, where ours have their own."""
+        own = Seeds(queries.content, queries.references, queries.positions)
+        if not extra:
+            return own, queries.scoring
         dtype, size = queries.content.dtype, queries.references.shape[-1]
-        made = [self._content(group, tokens, shapes).to(dtype) for group in extra]
-        content = torch.cat([*made, queries.content], dim=1)
-        references = torch.cat([*(group.boxes[..., :size] for group in extra), queries.references], dim=1)
-        if queries.positions is None:
-            return content, references, None
-        given = [group.positions.to(dtype) for group in extra if group.positions is not None]
-        if len(given) < len(extra):
-            raise self._not_of_boxes(next(group for group in extra if group.positions is None))
-        return content, references, torch.cat([*given, queries.positions], dim=1)
+        content = [self._content(group, tokens, shapes).to(dtype) for group in extra]
+        references = [group.boxes[..., :size] for group in extra]
+        positions = None
+        if queries.positions is not None:
+            positions = [group.positions.to(dtype) for group in extra if group.positions is not None]
+            if len(positions) < len(extra):
+                raise self._not_of_boxes(next(group for group in extra if group.positions is None))
+
+        def joined(seeds: Seeds) -> Seeds:
+            return Seeds(
+                torch.cat([*content, seeds.content], dim=1),
+                torch.cat([*references, seeds.references], dim=1),
+                None
+                if positions is None or seeds.positions is None
+                else torch.cat([*positions, seeds.positions], dim=1),
+            )
+
+        return joined(own), None if queries.scoring is None else joined(queries.scoring)
 
     def _content(self, group: QueryGroup, memory: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         if group.content is not None:
@@ -180,8 +201,8 @@ class Detector(nn.Module):
             )
 
 
-def _proposals(answer: Answer) -> tuple[QueryGroup, Prediction]:
-    """What the encoder of a detector in two stages answers for all tokens; it has no classes yet (spec 2.3)."""
-    boxes = answer.boxes
-    group = QueryGroup("proposals", boxes.detach(), content=boxes.new_zeros(*boxes.shape[:2], 0), agnostic=True)
+def _proposals(answer: Answer, agnostic: bool, weight: float) -> tuple[QueryGroup, Prediction]:
+    """What the encoder of a detector in two stages answers for all tokens (spec 2.3, 3.3)."""
+    boxes, nothing = answer.boxes, answer.boxes.new_zeros(*answer.boxes.shape[:2], 0)
+    group = QueryGroup("proposals", boxes.detach(), content=nothing, agnostic=agnostic, weight=weight)
     return group, Prediction(answer.logits.float()[None], boxes[None], ("encoder",))

@@ -9,10 +9,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
+from finedetr.model.decoder_layers import Seeds
 from finedetr.model.layers import MLP, focal_bias
+from finedetr.model.salient import MiniDetector, SalientPoints, level_maps
 from finedetr.model.sines import sine_code
 
-__all__ = ["Answer", "LearnedAnchors", "LearnedPoints", "Queries", "QuerySelection", "anchor_table", "build_queries"]
+__all__ = [
+    "Answer",
+    "LearnedAnchors",
+    "LearnedPoints",
+    "Queries",
+    "QuerySelection",
+    "SalientQueries",
+    "anchor_table",
+    "build_queries",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +43,10 @@ class Queries:
     positions: Float[Tensor, "B Q D"] | None = None  # where the decoder does not make them of the references
     tokens: Int[Tensor, "B Q"] | None = None  # which cell of the flattened pyramid each comes from, if from any
     encoder: Answer | None = None  # the stage "encoder" of these queries
-    proposals: Answer | None = None  # of all tokens, in training, where classes do not count yet
+    proposals: Answer | None = None  # of all tokens, in training
+    agnostic: bool = False  # classes do not count yet in the proposals
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
+    scoring: Seeds | None = None  # what the branch for classes of a split decoder starts with, where it has its own
 
 
 def anchor_table(
@@ -102,7 +115,7 @@ class QuerySelection(nn.Module):
         code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
         positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
         everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
-        return Queries(content, boxes, positions, proposals=everything, tokens=tokens, embedded=kept)
+        return Queries(content, boxes, positions, tokens=tokens, embedded=kept, proposals=everything, agnostic=True)
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
@@ -131,7 +144,8 @@ class QuerySelection(nn.Module):
 class LearnedPoints(nn.Module):
     """The same queries for every picture: learned positions, and a point made of each (spec 2.2, 2.3).
 
-    Content is learned, too, but with conditional attention it starts at zero.
+    Content is learned, too, but with conditional attention it starts at zero. The branch for classes of a split decoder
+    may have positions and content of its own, which begin as those of the other; its points are that one's.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -139,6 +153,9 @@ class LearnedPoints(nn.Module):
         blank = config.attention == "conditional"
         self.width = config.width
         self.embedding = nn.Embedding(config.queries, self.width if blank else 2 * self.width)
+        self.scoring: nn.Embedding | None = None
+        if config.split.queries == "own":
+            self.scoring = nn.Embedding.from_pretrained(self.embedding.weight.detach().clone(), freeze=False)
         self.point = MLP(self.width, self.width, 2, 2 if blank else 1)
         for layer in self.point.layers:
             assert isinstance(layer, nn.Linear)
@@ -147,11 +164,19 @@ class LearnedPoints(nn.Module):
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch, whatever the pictures show."""
-        learned = self.embedding.weight.expand(len(memory), -1, -1)
+        content, positions = self._of(self.embedding, len(memory))
+        points = self.point(positions).float().sigmoid()
+        scoring = None
+        if self.scoring is not None:
+            own, places = self._of(self.scoring, len(memory))
+            scoring = Seeds(own, points, places)
+        return Queries(content, points, positions, scoring=scoring)
+
+    def _of(self, embedding: nn.Embedding, pictures: int) -> tuple[Tensor, Tensor]:
+        """Content and positions."""
+        learned = embedding.weight.expand(pictures, -1, -1)
         positions, content = learned[..., : self.width], learned[..., self.width :]
-        if not content.shape[-1]:
-            content = torch.zeros_like(positions)
-        return Queries(content, self.point(positions).float().sigmoid(), positions)
+        return content if content.shape[-1] else torch.zeros_like(positions), positions
 
 
 class LearnedAnchors(nn.Module):
@@ -171,8 +196,47 @@ class LearnedAnchors(nn.Module):
         return Queries(self.content.weight.expand(len(memory), -1, -1), boxes)
 
 
-def build_queries(config: DecoderConfig, classes: int) -> QuerySelection | LearnedPoints | LearnedAnchors:
-    """Where a configuration has its queries from."""
+class SalientQueries(nn.Module):
+    """Task-aware query generation (SD-DETR, spec 3.3): the best boxes of a small detector, and salient points in them.
+
+    A split decoder has points for classes and points for boxes, any other the same for both.
+
+    Args:
+        config: Of the decoder.
+        classes: C.
+        stride: Of the finest level; the boxes of its cells begin with sides of 0.05 at stride 8, as proposals do.
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int, stride: int) -> None:
+        super().__init__()
+        self.queries, self.detached, self.side = config.queries, config.salient.detached, 0.05 * stride / 8
+        self.mini = MiniDetector(config, classes)
+        self.boxes = SalientPoints(config)
+        self.scores = SalientPoints(config) if config.split.joining != "none" else None
+
+    def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
+        """The queries of a batch; at most as many as the pyramid has cells."""
+        maps = level_maps(memory, shapes)
+        logits, boxes = self.mini(maps, anchor_table(shapes, self.side, margin=0.0)[0].to(memory.device))
+        best = logits.detach().amax(dim=-1).topk(min(self.queries, memory.shape[1]), dim=1).indices
+        chosen = (boxes.detach() if self.detached else boxes).gather(1, best[..., None].expand(-1, -1, 4))
+        level = torch.cat([torch.full((h * w,), i, device=best.device) for i, (h, w) in enumerate(shapes)])[best]
+        own = self.boxes(maps, level, chosen)
+        return Queries(
+            own.content,
+            own.references,
+            own.positions,
+            proposals=Answer(logits, boxes) if self.training else None,
+            scoring=None if self.scores is None else self.scores(maps, level, chosen),
+        )
+
+
+def build_queries(
+    config: DecoderConfig, classes: int, stride: int
+) -> QuerySelection | LearnedPoints | LearnedAnchors | SalientQueries:
+    """Where a configuration has its queries from; `stride` is the finest level's."""
+    if config.salient.queries:
+        return SalientQueries(config, classes, stride)
     match config.source:
         case "points":
             return LearnedPoints(config)

@@ -38,7 +38,7 @@ def has_twin(config: ModelConfig) -> bool:
     resnet = config.backbone.name in RESNETS
     plain = config.decoder.boxes == "plain"
     wired = config.decoder.activation == "relu" and config.decoder.position_layers == 2
-    return wired and resnet == plain and not config.classic
+    return wired and resnet == plain and not config.classic and config.decoder.split.joining == "none"
 
 
 def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:

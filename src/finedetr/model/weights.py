@@ -26,6 +26,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import is_foreign, read_foreign
 from finedetr.model.layers import focal_bias
+from finedetr.model.starts import grouped, origin_of, part_of, plain_form, why_fresh
 from finedetr.model.zoo import published_input
 
 __all__ = ["Card", "Transfer", "load_weights", "read_card", "save_weights", "transfer_weights"]
@@ -228,6 +229,9 @@ class Transfer:
     new: tuple[str, ...]  # class names that start at the focal prior
     dropped: tuple[str, ...]  # class names of the weights that nobody asked for
     skipped: tuple[str, ...]  # tensors that do not fit, with the reason
+    copied: tuple[str, ...] = ()  # of a larger model: parts that begin as another one
+    fresh: tuple[str, ...] = ()  # of a larger model: parts that the weights have not, and how they begin
+    unused: tuple[str, ...] = ()  # of the weights: parts that a larger model has not
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, class name or tensor) for a table; of what is dropped, the first ten in one row."""
@@ -236,18 +240,21 @@ class Transfer:
         if self.dropped:
             more = f" and {len(self.dropped) - 10} more" if len(self.dropped) > 10 else ""
             rows.append(("dropped", ", ".join(self.dropped[:10]) + more))
-        return rows + [("skipped", reason) for reason in self.skipped]
+        for what in ("copied", "fresh", "unused", "skipped"):
+            rows += [(what, which) for which in getattr(self, what)]
+        return rows
 
 
 def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Path) -> Transfer:
     """Starts a detector from the weights of another one; class heads are mapped by class name (`match_names`).
 
-    Rows of classes that the weights do not know start at the focal prior (bias -4.595, small random weights), so that
-    nothing is left random in silence.
+    Rows of classes that the weights do not know start at the focal prior (bias -4.595, small random weights). A
+    detector that is split or has distributions of edges may start from a plain one: both branches begin as the layer
+    that they come of, so that it answers the same. Nothing is left random in silence.
 
     Args:
         detector: Changed in place; its model must be the one of the weights, but for the number of queries, how the
-            pyramid is sampled, and what is frozen.
+            pyramid is sampled, what is frozen, and what it has beyond a plain model (`starts.py`).
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -259,13 +266,21 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     source = dict(enumerate(match_names(names, card.names)))
     here = [index for index, row in source.items() if row is not None]
     there = [row for row in source.values() if row is not None]
-    skipped = []
+    larger = plain_form(detector.config, card.config) != detector.config
+    skipped, copied, fresh, used = [], [], [], set()
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
-            given = state.get(key)
+            name = key
+            if larger and key not in state and (origin := origin_of(key)) in state:
+                name = origin or key
+                copied.append((key, name))
+            given = state.get(name)
+            used.add(name)
             if given is None and key.endswith("num_batches_tracked"):
                 continue  # a frozen norm has no such count
-            if given is None:
+            if given is None and larger:
+                fresh.append((key, why_fresh(key)))
+            elif given is None:
                 skipped.append(f"{key}: not in the file")
             elif _is_class_row(key):
                 if key.endswith("bias"):
@@ -283,11 +298,16 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         tuple(names[index] for index, row in source.items() if row is None),
         tuple(name for row, name in enumerate(card.names) if row not in there),
         tuple(skipped),
+        tuple(
+            f"{part} <- {name} ({count})" for part, name, count in grouped((k, part_of(n, depth=3)) for k, n in copied)
+        ),
+        tuple(f"{part} ({count}), {how}" for part, how, count in grouped(fresh)),
+        tuple(f"{part} ({count})" for part, _, count in grouped((k, "") for k in state if larger and k not in used)),
     )
 
 
 def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
-    """Weights may start a model that differs in what no tensor depends on: queries, sampling, what is frozen."""
+    """Weights may start a model that differs in what no tensor depends on, or that is larger: see `plain_form`."""
 
     def essence(config: ModelConfig) -> ModelConfig:
         return replace(
@@ -297,7 +317,7 @@ def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path)
             decoder=replace(config.decoder, queries=300, sampling="bilinear"),
         )
 
-    if essence(given) == essence(wanted):
+    if essence(given) == essence(plain_form(wanted, given)):
         return
     differing = [
         f"{part}.{field.name} {mine} -> {theirs}"

@@ -23,6 +23,7 @@ from finedetr.recipes.fdr import fdr
 from finedetr.recipes.od_detr import od_detr, od_detr_paper
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
+from finedetr.recipes.sd_detr import sd_alignment, sd_detr, sd_queries, sd_split
 from finedetr.train.recipe import Recipe
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "recipe_for",
     "rtdetrv2",
     "scratch",
+    "sd_detr",
 ]
 
 MODEL = "dfine-s"  # where nobody says what to train
@@ -69,6 +71,10 @@ PAPERS: dict[str, Callable[[Recipe], Recipe]] = {
     "detrdistill-paper": detrdistill_paper,
     "od-detr": od_detr,
     "od-detr-paper": od_detr_paper,
+    "sd-detr": sd_detr,
+    "sd-split": sd_split,
+    "sd-queries": sd_queries,
+    "sd-alignment": sd_alignment,
 }
 """What `--with` puts on top, in the order given."""
 
@@ -114,7 +120,8 @@ def build(
         recipe: A name of `RECIPES`.
         extras: Names of `PAPERS`, applied in order.
         random_start: No weights are given: adapt what presumes a pretrained backbone (`scratch`).
-        card: Of given weights: the model stays what it is (no twin of DEIM's), and so do its size and normalization.
+        card: Of given weights: the model stays what it is (no twin of DEIM's), and so do its size and normalization;
+            papers may add to it.
         teacher: A frozen teacher is given: where no name of `extras` makes use of it, `detrdistill` does.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finedetr.recipes.dfine import dfine, with_numbers
-from finedetr.recipes.published import DEIMV2
+from finedetr.recipes.published import DEIMV2, row
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.matching import PerStage
 from finedetr.supervise.objective import Objective
@@ -27,8 +27,7 @@ def deimv2(base: Recipe) -> Recipe:
     Expect (published, COCO val2017 AP, pretrained backbone): Atto 23.8, Femto 31.0, Pico 38.5, N 43.0, S 50.9, M 53.0,
     L 56.0, X 57.8. Not checked by us on COCO.
     """
-    size = base.model.name.removeprefix("deim-").partition("-")[2]
-    published = DEIMV2.get(size, DEIMV2["s"])
+    published = row(DEIMV2, base.model.name)
     host = dfine if base.model.decoder.boxes == "distributions" else rtdetrv2
     recipe = with_numbers(host(base), published)
     objective = (

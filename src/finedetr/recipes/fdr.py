@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finedetr.errors import UsageError
+from finedetr.model.config import DecoderConfig
 from finedetr.supervise.matching import PerStage, UnionOfStages
 from finedetr.supervise.terms import FineGrainedLocalization, LocalizationDistillation
 from finedetr.train.recipe import Recipe
 
-__all__ = ["fdr"]
+__all__ = ["fdr", "with_decoder"]
 
 
 def fdr(base: Recipe) -> Recipe:
@@ -33,11 +34,11 @@ def fdr(base: Recipe) -> Recipe:
     policy = base.objective.policy
     objective = base.objective.plus(FineGrainedLocalization(), LocalizationDistillation())
     return replace(
-        base,
-        model=replace(
-            base.model,
-            name=f"{base.model.name}-fdr",
-            decoder=replace(base.model.decoder, boxes="distributions", shared_boxes=False),
-        ),
+        with_decoder(base, "fdr", replace(base.model.decoder, boxes="distributions", shared_boxes=False)),
         objective=replace(objective, policy=UnionOfStages(policy.cost) if isinstance(policy, PerStage) else policy),
     )
+
+
+def with_decoder(base: Recipe, suffix: str, decoder: DecoderConfig) -> Recipe:
+    """The recipe with another decoder in its model, which is no published one any more and says so in its name."""
+    return replace(base, model=replace(base.model, name=f"{base.model.name}-{suffix}", decoder=decoder))

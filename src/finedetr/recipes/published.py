@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.train.optimizer import Grouping
@@ -141,7 +143,10 @@ HOSTS = {"distributions": (DFINE, DEIM), "plain": (RTDETRV2, DEIM_RTDETRV2)}
 """By the kind of boxes: the host's own rows, and those of DEIM on it."""
 
 
-def row(table: dict[str, Published], model: str) -> Published:
+Row = TypeVar("Row", bound=Published)
+
+
+def row(table: Mapping[str, Row], model: str) -> Row:
     """The row of a model by what follows its family's name ("deim-dfine-s" -> "s").
 
     What has no row of its own takes that of S or R50 (DEIM published none for RT-DETRv2's HGNets).
@@ -150,8 +155,7 @@ def row(table: dict[str, Published], model: str) -> Published:
         ConfigError: The name looks like one of D-FINE's sizes but is none.
     """
     family, _, size = model.removeprefix("deim-").partition("-")
-    if family == "dfine" and "s" in table and size not in table:
+    fitting = [key for key in table if f"{size}-".startswith(f"{key}-")]  # "s-sd" is a variation of "s"
+    if not fitting and family == "dfine" and "s" in table:
         raise ConfigError(f"no published recipe for {model!r}", hint=did_you_mean(size, table))
-    if size not in table:
-        size = size.removesuffix("-dsp")
-    return table[size] if size in table else table["s" if "s" in table else "r50"]
+    return table[max(fitting, key=len)] if fitting else table["s" if "s" in table else "r50"]

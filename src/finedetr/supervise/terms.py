@@ -29,6 +29,7 @@ __all__ = [
     "LocalizationDistillation",
     "MatchabilityAware",
     "QualityFocal",
+    "TaskAligned",
     "Term",
     "Varifocal",
     "over_processes",
@@ -213,16 +214,70 @@ class QualityFocal(Term):
         return sum_over_classes(s, self._background, self._foreground)
 
     def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """p^γ softplus(x); the weight has a gradient, too."""
-        entropy, share = F.softplus(x), _power(p, self.gamma)
-        return share * entropy, share * (self.gamma * (1 - p) * entropy + p)
+        """p^γ softplus(x)."""
+        return _modulated_background(x, p, self.gamma)
 
     def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """|q - p|^γ (softplus(x) - q x)."""
-        entropy, distance = F.softplus(x) - quality * x, p - quality
-        share = distance.abs() ** self.gamma
-        slope = self.gamma * distance.sign() * distance.abs() ** (self.gamma - 1) * p * (1 - p)
-        return share * entropy, slope * entropy + share * distance
+        return _modulated(x, p, quality, self.gamma)
+
+
+@dataclass(frozen=True)
+class TaskAligned(Term):
+    """Task alignment learning (SD-DETR, eq. 6 and 7): a score is to say how good its own box is.
+
+    |t - p|^γ · BCE(p, t) with t = p^α u^β at the pairs, u their IoU, and p^γ · BCE(p, 0) elsewhere; t has no gradient.
+    The loss rests where p = t, which is p = u. Second targets (`Match.second`) are taken as in QualityFocal.
+
+    Attributes:
+        alpha: Of the score in the target.
+        beta: Of the overlap in the target.
+        gamma: Of the distance between score and target.
+        moving: The factors |t - p|^γ and p^γ have a gradient, too. Without, it nearly vanishes around the target.
+        least: No target lies below this (Align-DETR: 0.01).
+        balance: The share of the pairs, and one minus it of all else, as in the focal loss (0.25 there); None: 1 both.
+    """
+
+    weight: float = 2.0
+    alpha: float = 0.25
+    beta: float = 0.75
+    gamma: float = 2.0
+    moving: bool = True
+    least: float = 0.0
+    balance: float | None = None
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " S"]:
+        """Sum over queries and classes, divided by the count."""
+        return sum_over_classes(s, self._background, self._foreground)
+
+    def _background(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """p^γ softplus(x)."""
+        value, slope = (
+            _modulated_background(x, p, self.gamma) if self.moving else _constant_weight(x, p, 1.0, self.gamma)
+        )
+        return (value, slope) if self.balance is None else (value * (1 - self.balance), slope * (1 - self.balance))
+
+    def _foreground(self, x: Tensor, p: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """|t - p|^γ (softplus(x) - t x)."""
+        target = (p**self.alpha * quality**self.beta).clamp(min=self.least)
+        value, slope = _modulated(x, p, target, self.gamma, moving=self.moving)
+        return (value, slope) if self.balance is None else (value * self.balance, slope * self.balance)
+
+
+def _modulated_background(x: Tensor, p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """p^γ softplus(x); the weight has a gradient, too."""
+    entropy, share = F.softplus(x), _power(p, gamma)
+    return share * entropy, share * (gamma * (1 - p) * entropy + p)
+
+
+def _modulated(x: Tensor, p: Tensor, target: Tensor, gamma: float, *, moving: bool = True) -> tuple[Tensor, Tensor]:
+    """|target - p|^γ (softplus(x) - target · x); with `moving`, the weight has a gradient, too."""
+    entropy, distance = F.softplus(x) - target * x, p - target
+    share = distance.abs() ** gamma
+    slope = share * distance
+    if moving:
+        slope = slope + gamma * distance.sign() * distance.abs() ** (gamma - 1) * p * (1 - p) * entropy
+    return share * entropy, slope
 
 
 def _constant_weight(x: Tensor, p: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from finedetr.supervise.terms import (
     LocalizationDistillation,
     MatchabilityAware,
     QualityFocal,
+    TaskAligned,
     Term,
     Varifocal,
 )
@@ -37,6 +38,7 @@ KINDS: dict[type, tuple[type, ...]] = {
         FineGrainedLocalization,
         LocalizationDistillation,
         QualityFocal,
+        TaskAligned,
         LogitsDistillation,
         FeatureDistillation,
         PredictionDistillation,
