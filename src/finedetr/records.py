@@ -228,9 +228,11 @@ class Match:
 class QueryGroup:
     """Queries from outside the detector, for training only; they attend to one another and to the image.
 
-    Exactly one of `content`, `labels` and `tokens` is given: `labels` are class indices (C = padding) that the detector
-    embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own.
-    `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR).
+    At most one of `content`, `labels`, `tokens` and `slots` is given: `labels` are class indices (C = padding) that the
+    detector embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own, `slots`
+    are places among its learned contents (DINO). None of them: it makes queries of boxes (Deformable DETR in two
+    stages). `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR in one
+    stage); these look at the boxes' centers.
     `assignment` is stage-free (its pairs hold at every stage, `stage` is all zero with a count of length 1), or has the
     stages of the group's answers.
     """
@@ -240,6 +242,7 @@ class QueryGroup:
     content: Float[Tensor, "B Q D"] | None = None
     labels: Int[Tensor, "B Q"] | None = None
     tokens: Int[Tensor, "B Q"] | None = None
+    slots: Int[Tensor, "B Q"] | None = None
     blocked: Bool[Tensor, "*B Q Q"] | None = None  # True: the row's query does not see the column's
     assignment: Assignment | None = None
     taught: Prediction | None = None  # what a teacher answered to these very queries
@@ -258,11 +261,14 @@ class Trace:
     """
 
     shapes: tuple[tuple[int, int], ...]  # height and width of each level
-    tokens: Int[Tensor, "B Q"]  # which cell each matching query comes from
-    boxes: Float[Tensor, "B Q 4"]  # where it starts to look
+    tokens: Int[Tensor, "B Q"] | None  # which cell each matching query comes from; None: it is learned
+    boxes: Float[Tensor, "B Q R"]  # where it starts to look: a box, or a point
     features: tuple[Float[Tensor, "B _ _ _"], ...]  # the backbone's maps
+    necks: tuple[Float[Tensor, "B E _ _"], ...] = ()  # the same in the encoder's width, before it
     states: Float[Tensor, "L B Q D"] | None = None  # behind each layer; outside training only
     embedded: Float[Tensor, "B _ D"] | None = None  # all tokens in the space of queries; outside training only
+    content: Float[Tensor, "B Q D"] | None = None  # what each matching query starts with
+    positions: Float[Tensor, "B Q D"] | None = None  # its position, where the decoder does not make it of the box
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +294,10 @@ class Lesson:
     match: Assignment  # its own queries and the targets, at all of its stages
     known: Bool[Tensor, " C"] | None = None  # the student's classes that it knows; None: all
     strength: float = 1.0  # less than 1 while it is phased in
-    adapt: Callable[[str, int, Tensor], Tensor] | None = None  # (tap, level of the student, its map) -> teacher's width
+    adapt: Callable[[str, int, Tensor], Tensor] | None = None
+    """(tap, level of the student, its map) -> the teacher's width; (what of queries, 0, the teacher's) -> the
+    student's."""
+    itself: bool = False  # it is the student, or its average: learned queries keep their places
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ def test_adapters_stand_where_widths_differ_on_common_levels() -> None:
     student, teacher = detector(), detector(WIDE)
     assert not list(build_adapters((FeatureDistillation(weight=0.0),), student, teacher).parameters())
     forced = build_adapters((FeatureDistillation(adapter="conv", tap="backbone"),), student, student)
-    assert set(forced.convs) == {"backbone0", "backbone1"}
+    assert set(forced.layers) == {"backbone0", "backbone1"}
     with pytest.raises(ConfigError, match="without an adapter"):
         build_adapters((FeatureDistillation(adapter="none"),), student, teacher)
     coarse = replace(PLAIN, backbone=replace(PLAIN.backbone, stages=(0, 1)))
     with pytest.raises(ConfigError, match=r"no level in common: strides \(16, 32\) and \(4.0, 8.0\)"):
         build_adapters((FeatureDistillation(),), student, detector(coarse))
-    assert set(build_adapters((FeatureDistillation(adapter="conv"),), student, detector(coarse), 0.25).convs) == {
+    assert set(build_adapters((FeatureDistillation(adapter="conv"),), student, detector(coarse), 0.25).layers) == {
         "encoder0",
         "encoder1",
     }

@@ -269,8 +269,8 @@ def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:
     term = FeatureDistillation()
     adapters = build_adapters((term,), student, teacher)
     assert {name: tuple(p.shape) for name, p in adapters.named_parameters() if "weight" in name} == {
-        "convs.encoder0.weight": (32, 16, 1, 1),
-        "convs.encoder1.weight": (32, 16, 1, 1),
+        "layers.encoder0.weight": (32, 16, 1, 1),
+        "layers.encoder1.weight": (32, 16, 1, 1),
     }
     told = replace(Teacher(teacher)(images, targets), adapt=adapters)
     term(judge(student(images, all_stages=True), targets, told)).sum().backward()

@@ -145,7 +145,7 @@ def test_a_run_with_adapters_and_an_average_goes_on_exactly(
         ran(data, taught(*BOTH), tmp_path / "cut", teacher)
     monkeypatch.undo()
     saved = load_state(RunFolder(tmp_path / "cut").last)
-    assert set(saved["adapters"]) == {f"convs.encoder{n}.{part}" for n in (0, 1) for part in ("weight", "bias")}
+    assert set(saved["adapters"]) == {f"layers.encoder{n}.{part}" for n in (0, 1) for part in ("weight", "bias")}
     assert not any("conv_" in name or "adapter" in name for name in saved["model"])
     resume(tmp_path / "cut", device="cpu", quiet=True)
     assert losses(RunFolder(tmp_path / "cut")) == losses(whole)

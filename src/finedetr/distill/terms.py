@@ -15,7 +15,7 @@ from finedetr.distill.edges import edge_divergence
 from finedetr.distill.stages import Grouping, layer_stages, links
 from finedetr.distill.targets import Pairing, TeacherCost, pair_by_cost, pair_by_token
 from finedetr.geometry import giou, iou
-from finedetr.records import Lesson, Supervision, Who
+from finedetr.records import Lesson, Supervision, Trace, Who
 from finedetr.supervise.terms import Term, over_processes
 
 __all__ = ["FeatureDistillation", "LogitsDistillation", "PredictionDistillation", "SecondBox", "TeacherTerm"]
@@ -52,7 +52,8 @@ class LogitsDistillation(TeacherTerm):
     `negative_labels=False` and `normalizer="pairs"` the paper's; the defaults match only what says something.
 
     Attributes:
-        pairing: How queries find each other; see `pair_by_cost`. `token`: by the cell they come from, unassigned.
+        pairing: How queries find each other; see `pair_by_cost`. `token`: by the cell they come from (or their place,
+            if they are the student's own and learned), unassigned.
         top: The teacher's best so many queries; 0: all.
         label, l1, giou, edges: Weights of the parts of a pair.
         temperature: Of the edges' distributions.
@@ -196,11 +197,12 @@ class FeatureDistillation(TeacherTerm):
     the score of the teacher's best (query, class) pairs times the IoU of their box with the truth.
 
     Attributes:
-        tap: Maps of the encoder, or of the backbone.
+        tap: Maps of the encoder, of the backbone, or of the neck between them, which has the encoder's width.
         mode: `combined`: one mask of all queries (the released code); `per_query`: Σ q_n/M ‖ψ_n · ΔF‖² (eq. 9);
             `none`: no mask (FitNet).
         similarity: Of a query and a cell: the cosine, or the dot product (eq. 7).
-        space: What of a cell is compared with queries: as the decoder's queries are made of it, or the map itself.
+        space: What of a cell is compared with queries: as the decoder's queries are made of it (where queries are
+            learned, as the decoder sees it), or the map itself that is compared.
         top: The teacher's best so many (query, class) pairs.
         gamma: `per_query` only: q = score^γ · IoU^(1-γ).
         floor: The smallest value of the mask before it is divided.
@@ -208,7 +210,7 @@ class FeatureDistillation(TeacherTerm):
         adapter: φ is a 1×1 convolution where the widths differ (`auto`), always, or never.
     """
 
-    tap: Literal["encoder", "backbone"] = "encoder"
+    tap: Literal["encoder", "neck", "backbone"] = "encoder"
     mode: Literal["combined", "per_query", "none"] = "combined"
     similarity: Literal["cos", "dot"] = "cos"
     space: Literal["queries", "map"] = "queries"
@@ -223,7 +225,7 @@ class FeatureDistillation(TeacherTerm):
         lesson = self.lesson(s)
         if lesson is None or s.output is None or s.output.trace is None:
             return range(0)
-        return super().covers(s) if common_levels(s.output.trace.shapes, lesson.trace.shapes) else range(0)
+        return super().covers(s) if self._levels(s.output.trace, lesson.trace) else range(0)
 
     def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
         """One value for each layer of the student: that of all layers of the teacher that belong to it."""
@@ -232,12 +234,11 @@ class FeatureDistillation(TeacherTerm):
         assert output is not None
         assert output.trace is not None
         linked = self.links(s, lesson)
-        mine = output.memory if self.tap == "encoder" else output.trace.features
-        theirs = lesson.memory if self.tap == "encoder" else lesson.trace.features
+        mine, theirs = self._maps(output.memory, output.trace), self._maps(lesson.memory, lesson.trace)
         masks = None if self.mode == "none" else self._masks(s, lesson, linked)
         starts = _starts(lesson.trace.shapes)
         values = []
-        for here, there in common_levels(output.trace.shapes, lesson.trace.shapes):
+        for here, there in self._levels(output.trace, lesson.trace):
             student = mine[here].float()
             if lesson.adapt is not None:
                 student = lesson.adapt(self.tap, here, student)
@@ -293,11 +294,28 @@ class FeatureDistillation(TeacherTerm):
             return chosen, torch.where(empty, score, score**self.gamma * overlap ** (1 - self.gamma))
         return chosen, torch.where(empty, score, score * overlap)
 
+    def _levels(self, own: Trace, other: Trace) -> tuple[tuple[int, int], ...]:
+        """Common levels at which there are maps to compare; an encoder may make more levels than it is given."""
+        found = common_levels(own.shapes, other.shapes)
+        if self.tap == "encoder":
+            return found
+        mine, theirs = (len(self._maps((), trace)) for trace in (own, other))
+        return tuple((here, there) for here, there in found if here < mine and there < theirs)
+
+    def _maps(self, memory: tuple[Tensor, ...], trace: Trace) -> tuple[Tensor, ...]:
+        match self.tap:
+            case "encoder":
+                return memory
+            case "neck":
+                return trace.necks
+            case "backbone":
+                return trace.features
+
     def _cells(self, lesson: Lesson) -> Float[Tensor, "B T D"]:
-        if self.space == "queries":
-            assert lesson.trace.embedded is not None
+        if self.space == "queries" and lesson.trace.embedded is not None:
             return lesson.trace.embedded.float()
-        return torch.cat([level.float().flatten(2) for level in lesson.memory], dim=2).transpose(1, 2)
+        maps = lesson.trace.necks if self.tap == "neck" and self.space == "map" else lesson.memory
+        return torch.cat([level.float().flatten(2) for level in maps], dim=2).transpose(1, 2)
 
 
 def common_levels(

@@ -1,4 +1,4 @@
-"""Cells of one pyramid in another: how queries keep their identity between two detectors."""
+"""How queries keep their identity between two detectors: by the cells that they come from, or by their places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["carry", "hit_rate", "slots_of"]
+from finedetr.records import Lesson, Trace
+
+__all__ = ["carry", "hit_rate", "known_as", "same_queries", "slots_of"]
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -46,6 +48,29 @@ def slots_of(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> Int[Tensor,
     """The query that comes from each token, or -1 where none does."""
     same = tokens[:, :, None] == own[:, None]
     return torch.where(same.any(-1), same.long().argmax(-1), -1)
+
+
+def known_as(lesson: Lesson, own: Trace) -> Int[Tensor, "B P"] | None:
+    """What identifies each of a teacher's queries in the student; None where nothing does.
+
+    Selected queries are known by their cell, carried into the student's pyramid. Learned ones keep their place between
+    a detector and its average; those of another detector are strangers.
+    """
+    theirs = lesson.trace.tokens
+    if theirs is not None and own.tokens is not None:
+        return carry(theirs, lesson.trace.shapes, own.shapes)
+    if theirs is not None or own.tokens is not None or not lesson.itself:
+        return None
+    pictures, queries = own.boxes.shape[:2]
+    return torch.arange(queries, device=own.boxes.device).expand(pictures, -1)
+
+
+def same_queries(lesson: Lesson, own: Trace) -> Int[Tensor, "B P"]:
+    """The student's query that is the same as each of a teacher's, or -1."""
+    known = known_as(lesson, own)
+    if known is None:
+        return torch.full(lesson.trace.boxes.shape[:2], -1, device=own.boxes.device)
+    return known if own.tokens is None else slots_of(known, own.tokens)
 
 
 def hit_rate(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> float:

@@ -69,7 +69,8 @@ class Detector(nn.Module):
         self._check_size(images)
         all_stages = self.training if all_stages is None else all_stages
         maps = self.backbone(images)
-        pyramid = self.encoder(maps)
+        necks = self.encoder.enter(maps)
+        pyramid = self.encoder(necks)
         memory = tuple(project(level) for project, level in zip(self.decoder_input_proj, pyramid, strict=True))
         shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
         tokens = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in memory], dim=1)
@@ -87,10 +88,19 @@ class Detector(nn.Module):
         content, references, positions = self._join(extra, queries, tokens, shapes)
         answers = self.decoder(content, references, memory, blocked, all_stages or bool(extra), positions)
         trace = None
-        if all_stages and queries.tokens is not None:
-            own = queries.tokens.shape[1]
-            states = None if answers.states is None else answers.states[:, :, -own:]
-            trace = Trace(shapes, queries.tokens, queries.references, maps, states, queries.embedded)
+        if all_stages:
+            states = None if answers.states is None else answers.states[:, :, -queries.references.shape[1] :]
+            trace = Trace(
+                shapes,
+                queries.tokens,
+                queries.references,
+                maps,
+                necks,
+                states,
+                queries.embedded,
+                queries.content,
+                queries.positions,
+            )
         return self._output(answers, queries, extra, all_stages, pyramid, trace)
 
     def _output(
@@ -145,20 +155,30 @@ class Detector(nn.Module):
         references = torch.cat([*(group.boxes[..., :size] for group in extra), queries.references], dim=1)
         if queries.positions is None:
             return content, references, None
-        given = [group.positions.to(dtype) for group in extra if group.positions is not None]
-        if len(given) < len(extra):
-            raise self._not_of_boxes(next(group for group in extra if group.positions is None))
+        given = [self._positions(group).to(dtype) for group in extra]
         return content, references, torch.cat([*given, queries.positions], dim=1)
 
     def _content(self, group: QueryGroup, memory: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         if group.content is not None:
             return group.content
-        if group.tokens is not None and isinstance(self.selection, QuerySelection):
-            return self.selection.of_tokens(memory, shapes, group.tokens)
-        if self.label_embedding is None:
+        if isinstance(self.selection, QuerySelection):
+            if group.tokens is not None:
+                return self.selection.of_tokens(memory, shapes, group.tokens)
+            if group.slots is not None:
+                return self.selection.of_slots(group.slots)
+            if group.labels is None:
+                return self.selection.of_boxes(group.boxes)[1]
+        if self.label_embedding is None or group.labels is None:
             raise self._not_of_boxes(group)
         embedded: Tensor = self.label_embedding(group.labels)
         return embedded
+
+    def _positions(self, group: QueryGroup) -> Tensor:
+        if group.positions is not None:
+            return group.positions
+        if isinstance(self.selection, QuerySelection) and group.labels is None:
+            return self.selection.of_boxes(group.boxes)[0]
+        raise self._not_of_boxes(group)
 
     def _not_of_boxes(self, group: QueryGroup) -> ConfigError:
         return ConfigError(

@@ -99,8 +99,7 @@ class QuerySelection(nn.Module):
             return Queries(learned, boxes, encoder=answer, tokens=tokens, embedded=kept)
         if self.expand is None or self.expand_norm is None:
             return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
-        code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
-        positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
+        positions, content = self._expanded(boxes, memory.dtype)
         everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
         return Queries(content, boxes, positions, proposals=everything, tokens=tokens, embedded=kept)
 
@@ -116,6 +115,24 @@ class QuerySelection(nn.Module):
         chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
         content: Tensor = self.norm(self.proj(chosen))
         return content
+
+    @torch.no_grad()
+    def of_slots(self, slots: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q D"]:
+        """Learned contents by their places, without gradient."""
+        assert self.content is not None
+        return self.content.weight[slots]
+
+    @torch.no_grad()
+    def of_boxes(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q D"]]:
+        """Positions and content that queries of given boxes start with, without gradient."""
+        return self._expanded(boxes, self.score_head.weight.dtype)
+
+    def _expanded(self, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.expand is not None
+        assert self.expand_norm is not None
+        code = sine_code(boxes, self.expand.in_features // 4).to(dtype)
+        positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
+        return positions, content
 
     def _table(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (shapes, device)
