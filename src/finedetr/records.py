@@ -7,7 +7,7 @@ Boxes are (cx, cy, w, h) in [0, 1] of the network input.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -41,13 +41,15 @@ Who = Literal["frozen", "average"]
 class Targets:
     """The truth of a batch: T boxes, picture after picture, as three parallel tensors.
 
-    `counts` are plain integers, so that nothing has to ask the device how many boxes a picture has.
+    `counts` are plain integers, so that nothing has to ask the device how many boxes a picture has. Pictures of which
+    nobody knows the truth stand last and count no boxes; only teachers have something to say about them.
     """
 
     labels: Int[Tensor, " T"]
     boxes: Float[Tensor, "T 4"]
     image: Int[Tensor, " T"]  # the picture of each box, non-decreasing
     counts: tuple[int, ...]  # boxes of each picture, length B
+    annotated: int | None = None  # of so many pictures, the first ones, the truth is known; None: of all
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -56,6 +58,11 @@ class Targets:
     def pictures(self) -> int:
         """How many pictures the batch has, those without boxes included."""
         return len(self.counts)
+
+    @property
+    def with_truth(self) -> int:
+        """How many pictures the truth is known of."""
+        return self.pictures if self.annotated is None else self.annotated
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -106,6 +113,7 @@ class Targets:
             self.boxes.to(device, non_blocking=non_blocking),
             self.image.to(device, non_blocking=non_blocking),
             self.counts,
+            self.annotated,
         )
 
 
@@ -120,7 +128,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by a loader that pins; pictures and targets both."""
         t = self.targets
-        pinned = Targets(t.labels.pin_memory(), t.boxes.pin_memory(), t.image.pin_memory(), t.counts)
+        pinned = Targets(t.labels.pin_memory(), t.boxes.pin_memory(), t.image.pin_memory(), t.counts, t.annotated)
         return Batch(self.images.pin_memory(), pinned, self.names)
 
 
@@ -148,6 +156,13 @@ class Prediction:
     boxes: Float[Tensor, "S B Q 4"]
     stages: tuple[str, ...]  # S names, such as ("encoder", "initial", "layer0", "layer1", "layer2")
     edges: Edges | None = None
+
+    def first(self, pictures: int) -> Prediction:
+        """The answers to the first so many pictures."""
+        edges = self.edges
+        if edges is not None:
+            edges = Edges(edges.logits[:, :pictures], edges.anchors[:pictures], edges.bins, edges.scale)
+        return Prediction(self.logits[:, :pictures], self.boxes[:, :pictures], self.stages, edges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +343,20 @@ class Supervision:
     output: Output | None = None  # the whole answer, for the matching group only
     guidance: Guidance | None = None  # what the teachers say of it
     by_targets: bool = True  # whether the targets have a say in this group
+
+    @cached_property
+    def judged(self) -> Supervision:
+        """The same for those pictures alone of which the truth is known: what terms about the targets look at."""
+        known, t = self.targets.annotated, self.targets
+        if known is None:
+            return self
+        return replace(
+            self,
+            answers=self.answers.first(known),
+            targets=Targets(t.labels, t.boxes, t.image, t.counts[:known]),
+            teacher=self.teacher and self.teacher.first(known),
+            matching=self.matching and self.matching.judged,
+        )
 
     @cached_property
     def final(self) -> Prediction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ __all__ = ["FeatureDistillation", "LogitsDistillation", "PredictionDistillation"
 class TeacherTerm(Term, ABC):
     """A term that compares the detector's own queries with a teacher's, layer by layer."""
 
+    needs_truth: ClassVar[bool] = False
     teacher: Who = "frozen"
     stages: Grouping = "group"
 
@@ -130,6 +131,7 @@ class PredictionDistillation(Term):
     of the edges; each query counts as much as the teacher's score.
     """
 
+    needs_truth: ClassVar[bool] = False
     weight: float = 1.0
     label: float = 1.0
     l1: float = 5.0

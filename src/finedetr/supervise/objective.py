@@ -124,9 +124,10 @@ class Objective:
         with torch.autocast(output.matching.logits.device.type, enabled=False):
             for group, weight, supervision in self.supervise(output, targets, guidance):
                 for name, term in zip(self.names, self.terms, strict=True):
-                    stages = term.covers(supervision)
+                    seen = supervision.judged if term.needs_truth else supervision
+                    stages = term.covers(seen)
                     if stages:
-                        values.append(term(supervision) * (term.weight * weight))
+                        values.append(term(seen) * (term.weight * weight))
                         names += [f"{group}/{supervision.answers.stages[stage]}/{name}" for stage in stages]
         return Losses(tuple(names), torch.cat(values), output)
 

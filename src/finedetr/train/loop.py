@@ -46,6 +46,7 @@ class Data:
 
     train: Dataset
     val: Dataset | None = None
+    unlabelled: Dataset | None = None  # pictures of which only teachers have something to say
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Run:
                 self.world.rank,
                 self.world.size,
                 recipe.balance,
+                self.data.unlabelled,
+                recipe.teaching.beside(share),
             )
             self.on_device = OnDevice(
                 recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std
