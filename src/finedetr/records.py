@@ -280,10 +280,11 @@ class Trace:
     boxes: Float[Tensor, "B Q R"]  # where it starts to look: a box, or a point
     features: tuple[Float[Tensor, "B _ _ _"], ...]  # the backbone's maps
     necks: tuple[Float[Tensor, "B E _ _"], ...] = ()  # the same in the encoder's width, before it
-    states: Float[Tensor, "L B Q D"] | None = None  # behind each layer; outside training only
+    states: tuple[Float[Tensor, "B Q D"], ...] = ()  # behind each layer
     embedded: Float[Tensor, "B _ D"] | None = None  # all tokens in the space of queries; outside training only
     content: Float[Tensor, "B Q D"] | None = None  # what each matching query starts with
     positions: Float[Tensor, "B Q D"] | None = None  # its position, where the decoder does not make it of the box
+    score: Callable[[Tensor], Tensor] | None = None  # tokens [B P] -> the encoder's logits of them [B P C]
 
 
 @dataclass(frozen=True, slots=True)

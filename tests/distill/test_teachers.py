@@ -19,11 +19,11 @@ def test_a_teacher_answers_at_all_stages_in_eval_without_gradient_and_stays_as_i
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     taught = Teacher(other)(*batch())
     assert taught.answers.stages == ("encoder", "initial", "layer0", "layer1")
-    assert taught.trace.states is not None
-    assert taught.trace.states.shape == (2, 2, 12, 16)
+    assert [state.shape for state in taught.trace.states] == [(2, 12, 16)] * 2
     assert taught.trace.embedded is not None
     assert taught.trace.embedded.shape == (2, 20, 16)
-    tensors = [taught.answers.logits, taught.answers.boxes, *taught.memory, *taught.trace.features, taught.trace.states]
+    tensors = [taught.answers.logits, taught.answers.boxes, *taught.memory, *taught.trace.features]
+    tensors += taught.trace.states
     assert not any(tensor.requires_grad for tensor in tensors)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 

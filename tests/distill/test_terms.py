@@ -237,7 +237,7 @@ def test_the_combined_mask_lies_between_its_floor_and_one(s: Supervision, taught
 def test_the_weight_of_cells_equals_the_sum_over_queries(s: Supervision, taught: Lesson) -> None:
     """Eq. 9 written out: Σ_n q_n / (M d H W) ‖ψ_n · ΔF‖², on one level and layer."""
     term = FeatureDistillation(mode="per_query", top=7, similarity="dot")
-    queries, quality = term._queries(s, taught, torch.tensor([0, 1]))
+    queries, quality = term._queries(s, taught, [0, 1])
     cells = term._cells(taught)
     assert s.output is not None
     total = torch.zeros(2)
@@ -255,12 +255,12 @@ def test_the_weight_of_cells_equals_the_sum_over_queries(s: Supervision, taught:
 def test_without_targets_quality_is_the_score(taught: Lesson) -> None:
     told = lesson(detector(seed=7), (0, 0))
     s = supervision(detector(), told, (0, 0))
-    _, quality = FeatureDistillation(top=9)._queries(s, told, torch.tensor([1]))
+    _, quality = FeatureDistillation(top=9)._queries(s, told, [1])
     torch.testing.assert_close(quality[0], told.answers.logits[-1].sigmoid().flatten(1).topk(9).values)
 
 
 def test_more_pairs_than_there_are_is_all_of_them(s: Supervision, taught: Lesson) -> None:
-    assert FeatureDistillation(top=1000)._queries(s, taught, torch.tensor([0]))[1].shape == (1, 2, 60)
+    assert FeatureDistillation(top=1000)._queries(s, taught, [0])[1].shape == (1, 2, 60)
 
 
 def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:

@@ -159,7 +159,6 @@ class AuxiliaryQueries(TeacherSource):
 
     def group(self, targets: Targets, lesson: Lesson, student: ModelConfig, size: tuple[int, int]) -> QueryGroup:
         """`ranks` · layers · G queries a picture; a batch without targets has one of weight 0."""
-        assert lesson.trace.states is not None
         layers = layer_stages(lesson.answers.stages)
         slots, ranks = max(*targets.counts, 1), min(self.ranks, lesson.answers.logits.shape[2])
         if self.scope == "total" or ranks * slots * len(layers) > self.max_queries:
@@ -183,8 +182,8 @@ class AuxiliaryQueries(TeacherSource):
         group = _started(group, lesson, student, size, chosen, "own")
         if self.content == "token":
             return group
-        states = lesson.trace.states[stage - layer_stages(lesson.answers.stages).start, image, best].float()
-        content = F.layer_norm(states, states.shape[-1:])
+        states = torch.stack(lesson.trace.states[-len(layers) :])[torch.arange(len(layers))[:, None, None], image, best]
+        content = F.layer_norm(states.float(), states.shape[-1:])
         content = content.flatten(0, 1).transpose(0, 1).flatten(1, 2)
         return replace(group, content=_adapted(lesson, "states", content), tokens=None, slots=None)
 

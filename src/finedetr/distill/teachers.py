@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finedetr.distill.queries import TeacherSource
-from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
+from finedetr.distill.terms import (
+    ContrastiveDistillation,
+    EncoderDistillation,
+    FeatureDistillation,
+    LogitsDistillation,
+)
 from finedetr.errors import ConfigError, DataError
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
@@ -97,7 +102,10 @@ class Teacher:
         if self.classes is not None:
             known = self.classes.known.to(images.device)
         match = self.policy(answers, targets).labels
-        return Lesson(answers, output.trace, output.memory, match, known, strength, itself=self.itself)
+        trace, score = output.trace, output.trace.score
+        if score is not None:
+            trace = replace(trace, score=lambda tokens: self._classes(score(tokens)))
+        return Lesson(answers, trace, output.memory, match, known, strength, itself=self.itself)
 
     def _view(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         """The pictures as the teacher was trained to see them."""
@@ -113,11 +121,13 @@ class Teacher:
 
     def _answers(self, said: Prediction) -> Prediction:
         """In fp32, in the student's classes; -inf for those of which the teacher knows nothing."""
-        logits = said.logits.float()
-        if self.classes is not None:
-            known = self.classes.known.to(logits.device)
-            logits = logits[..., self.classes.columns.to(logits.device)].masked_fill(~known, -torch.inf)
-        return replace(said, logits=logits, boxes=said.boxes.float())
+        return replace(said, logits=self._classes(said.logits.float()), boxes=said.boxes.float())
+
+    def _classes(self, logits: Float[Tensor, "*N D"]) -> Float[Tensor, "*N C"]:
+        if self.classes is None:
+            return logits
+        known = self.classes.known.to(logits.device)
+        return logits[..., self.classes.columns.to(logits.device)].masked_fill(~known, -torch.inf)
 
 
 _NONE: Normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -127,11 +137,14 @@ class Adapters(nn.Module):
     """What fits widths to one another: trained along, part of no detector.
 
     1×1 convolutions bring the student's maps to the teacher's width, linear layers what a teacher's queries start with
-    to the student's.
+    to the student's. The projections of `ContrastiveDistillation` stand here, too.
     """
 
     def __init__(
-        self, maps: dict[tuple[str, int], tuple[int, int]], queries: dict[str, tuple[int, int]] | None = None
+        self,
+        maps: dict[tuple[str, int], tuple[int, int]],
+        queries: dict[str, tuple[int, int]] | None = None,
+        contrast: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict(
@@ -139,6 +152,11 @@ class Adapters(nn.Module):
         )
         for name, (here, there) in (queries or {}).items():
             self.layers[f"{name}0"] = nn.Linear(here, there)
+        if contrast is not None:
+            for name, width in zip(("contrast0", "contrasted0"), contrast, strict=True):
+                self.layers[name] = nn.Sequential(
+                    nn.Linear(width, 512), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512)
+                )
 
     def forward(self, tap: str, level: int, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """A map as the teacher's, or vectors of its queries as the student's; the same where they need no adapter."""
@@ -166,21 +184,34 @@ def build_adapters(
         if isinstance(source, TeacherSource) and source.weight and source.teacher == "frozen"
         for name in source.borrows(student.config, teacher.config)
     }
-    here, there = teacher.config.decoder.width, student.config.decoder.width
+    there, here = teacher.config.decoder.width, student.config.decoder.width
+    contrast = any(isinstance(term, ContrastiveDistillation) and term.weight for term in terms)
     return Adapters(
         _map_widths(terms, student, teacher, scale),
-        {name: (here, there) for name in sorted(borrowed) if here != there},
+        {name: (there, here) for name in sorted(borrowed) if here != there},
+        (here, there) if contrast else None,
     )
 
 
 def check_identity(terms: Sequence[object], student: ModelConfig, teacher: ModelConfig) -> None:
-    """Refuses to pair queries of two detectors by cells where one of them has none.
+    """Refuses to pair queries or scores of two detectors by cells where one of them has none.
 
     Raises:
         ConfigError: Says which.
     """
     for term in terms:
-        if not isinstance(term, LogitsDistillation) or not term.weight or term.teacher != "frozen":
+        if not isinstance(term, LogitsDistillation | EncoderDistillation) or not term.weight:
+            continue
+        without = [model.name for model in (student, teacher) if model.decoder.source not in ("tokens", "mixed")]
+        if isinstance(term, EncoderDistillation):
+            if without:
+                raise ConfigError(
+                    f"EncoderDistillation: the encoder of {' and '.join(without)} scores no classes",
+                    code="conflict",
+                    hint="Leave it away; DINO and the real-time families have such encoders.",
+                )
+            continue
+        if term.teacher != "frozen":
             continue
         learned = [model.name for model in (student, teacher) if not model.decoder.selects]
         if term.pairing == "token" and learned:

@@ -14,11 +14,20 @@ from torch.nn import functional as F
 from finedetr.distill.edges import edge_divergence
 from finedetr.distill.stages import Grouping, layer_stages, links
 from finedetr.distill.targets import Pairing, TeacherCost, pair_by_cost, pair_by_token
+from finedetr.distill.tokens import shared_cells, slots_of
 from finedetr.geometry import giou, iou
 from finedetr.records import Lesson, Supervision, Trace, Who
 from finedetr.supervise.terms import Term, over_processes
 
-__all__ = ["FeatureDistillation", "LogitsDistillation", "PredictionDistillation", "SecondBox", "TeacherTerm"]
+__all__ = [
+    "ContrastiveDistillation",
+    "EncoderDistillation",
+    "FeatureDistillation",
+    "LogitsDistillation",
+    "PredictionDistillation",
+    "SecondBox",
+    "TeacherTerm",
+]
 
 
 @dataclass(frozen=True)
@@ -263,9 +272,7 @@ class FeatureDistillation(TeacherTerm):
     @torch.no_grad()
     def _masks(self, s: Supervision, lesson: Lesson, linked: tuple[tuple[int, int], ...]) -> Float[Tensor, "L B T"]:
         """Σ q ψ of every cell (`combined`), or Σ q ψ² / M (`per_query`)."""
-        assert lesson.trace.states is not None
-        layers = torch.tensor([layer for _, layer in linked], device=lesson.trace.states.device)
-        queries, quality = self._queries(s, lesson, layers)
+        queries, quality = self._queries(s, lesson, [layer for _, layer in linked])
         cells = self._cells(lesson)
         if self.similarity == "cos":
             queries, cells = F.normalize(queries, dim=-1), F.normalize(cells, dim=-1)
@@ -275,15 +282,15 @@ class FeatureDistillation(TeacherTerm):
         return (quality[..., None] * similar).sum(2)
 
     def _queries(
-        self, s: Supervision, lesson: Lesson, layers: Tensor
+        self, s: Supervision, lesson: Lesson, layers: list[int]
     ) -> tuple[Float[Tensor, "L B M D"], Float[Tensor, "L B M"]]:
         """States of the teacher's best (query, class) pairs at some of its layers, and their quality."""
-        assert lesson.trace.states is not None
-        stages = layers + layer_stages(lesson.answers.stages).start
+        first = layer_stages(lesson.answers.stages).start
+        stages = [first + layer for layer in layers]
         scores, classes = lesson.answers.logits[stages].sigmoid(), lesson.answers.logits.shape[-1]
         score, place = scores.flatten(2).topk(min(self.top, scores[0, 0].numel()), dim=-1)
         query = place // classes
-        states = lesson.trace.states.float()[layers]
+        states = torch.stack([lesson.trace.states[layer] for layer in layers]).float()
         chosen = states.gather(2, query[..., None].expand(-1, -1, -1, states.shape[-1]))
         if not len(s.targets):
             return chosen, score
@@ -320,6 +327,86 @@ class FeatureDistillation(TeacherTerm):
         return torch.cat([level.float().flatten(2) for level in maps], dim=2).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class EncoderDistillation(TeacherTerm):
+    """Which cells are worth a query: the teacher's scores of the cells that either of the two has chosen.
+
+    Binary cross-entropy to the teacher's probabilities, summed over classes and over the union of both choices on
+    common levels, divided by the sum of the teacher's scores there. Not part of a paper (spec 6.3); it is for detectors
+    whose encoders score classes.
+    """
+
+    def covers(self, s: Supervision) -> range:
+        """The stage of the encoder, where both have one."""
+        lesson = self.lesson(s)
+        if lesson is None or s.output is None or s.output.trace is None or not self.weight:
+            return range(0)
+        scored = "encoder" in lesson.answers.stages and s.answers.stages[0] == "encoder"
+        return range(1) if scored and common_levels(s.output.trace.shapes, lesson.trace.shapes) else range(0)
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " 1"]:
+        """One value."""
+        lesson, output = self.lesson(s), s.output
+        assert lesson is not None
+        assert output is not None
+        own, other = output.trace, lesson.trace
+        assert own is not None
+        assert own.tokens is not None
+        assert other.tokens is not None
+        assert own.score is not None
+        assert other.score is not None
+        back = shared_cells(own.shapes, other.shapes).to(own.tokens.device)[own.tokens]
+        here = shared_cells(other.shapes, own.shapes).to(own.tokens.device)[other.tokens]
+        both = torch.cat((back >= 0, (here >= 0) & (slots_of(here, own.tokens) < 0)), dim=1)
+        logits = own.score(torch.cat((own.tokens, here.clamp(min=0)), dim=1))
+        with torch.no_grad():
+            probability = other.score(torch.cat((back.clamp(min=0), other.tokens), dim=1)).sigmoid()
+        entropy = _entropy(logits, probability, lesson)
+        total, mass = (entropy * both).sum(), (probability.amax(-1) * both).sum()
+        return lesson.strength * (total / over_processes(mass[None]).clamp(min=1e-6))
+
+
+@dataclass(frozen=True)
+class ContrastiveDistillation(TeacherTerm):
+    """A student's state shall be told among all of the batch by that of its teacher's query (DETRDistill's code).
+
+    InfoNCE of the pairs of one joint assignment, behind a projection of either side that is learned along and part of
+    no detector. It is not in the paper.
+
+    Attributes:
+        temperature: T.
+    """
+
+    weight: float = 0.2
+    temperature: float = 0.07
+
+    def covers(self, s: Supervision) -> range:
+        """The layers, where there are projections."""
+        lesson = self.lesson(s)
+        return super().covers(s) if lesson is not None and lesson.adapt is not None else range(0)
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
+        """Mean over the pairs of each link, summed over the teacher's layers of each layer of the student."""
+        lesson, output = self.lesson(s), s.output
+        assert lesson is not None
+        assert lesson.adapt is not None
+        assert output is not None
+        assert output.trace is not None
+        linked = self.links(s, lesson)
+        pairs = pair_by_cost(s, lesson, linked, "joint", 0, TeacherCost())
+        values = []
+        for index, (layer, other) in enumerate(linked):
+            at = pairs.link == index
+            image, student, teacher = pairs.image[at], pairs.student[at], pairs.teacher[at]
+            mine = lesson.adapt("contrast", 0, output.trace.states[layer][image, student].float())
+            said = lesson.adapt("contrasted", 0, lesson.trace.states[other][image, teacher].float())
+            similar = F.normalize(mine, dim=-1) @ F.normalize(said, dim=-1).T / self.temperature
+            values.append(F.cross_entropy(similar, torch.arange(len(similar), device=similar.device)))
+        layers = torch.tensor([k for k, _ in linked], device=values[0].device)
+        total = torch.zeros(len(self.covers(s)), device=layers.device)
+        return lesson.strength * total.index_add(0, layers, torch.stack(values))
+
+
 def common_levels(
     student: tuple[tuple[int, int], ...], teacher: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, int], ...]:
@@ -341,7 +428,7 @@ def _standard(x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
     return (x - mean) * (variance + 1e-6).rsqrt()
 
 
-def _entropy(logits: Float[Tensor, "M C"], probability: Float[Tensor, "M C"], lesson: Lesson) -> Float[Tensor, " M"]:
+def _entropy(logits: Float[Tensor, "*M C"], probability: Float[Tensor, "*M C"], lesson: Lesson) -> Float[Tensor, "*M"]:
     """Binary cross-entropy summed over the classes that the teacher knows."""
     entropy = F.binary_cross_entropy_with_logits(logits, probability, reduction="none")
     return (entropy if lesson.known is None else entropy * lesson.known).sum(-1)

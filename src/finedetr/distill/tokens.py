@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finedetr.records import Lesson, Trace
 
-__all__ = ["carry", "hit_rate", "known_as", "same_queries", "slots_of"]
+__all__ = ["carry", "hit_rate", "known_as", "same_queries", "shared_cells", "slots_of"]
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -41,6 +41,19 @@ def _table(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
         y = (2 * torch.arange(height) + 1) * h // (2 * height)
         x = (2 * torch.arange(width) + 1) * w // (2 * width)
         parts.append((starts[level] + y[:, None] * w + x).flatten())
+    return torch.cat(parts)
+
+
+def shared_cells(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
+    """For each cell of the source the same one of the target, or -1 where no level of it has that shape."""
+    starts = [0]
+    for height, width in target:
+        starts.append(starts[-1] + height * width)
+    parts = []
+    for height, width in source:
+        cells = torch.arange(height * width)
+        same = (height, width) in target
+        parts.append(cells + starts[target.index((height, width))] if same else torch.full_like(cells, -1))
     return torch.cat(parts)
 
 

@@ -32,7 +32,7 @@ class Refinement:
     stages: tuple[str, ...]
     corners: Float[Tensor, "L B N 4 K"] | None = None  # accumulated edge logits of the layers
     anchors: Float[Tensor, "B N 4"] | None = None
-    states: Float[Tensor, "L B N D"] | None = None  # behind each layer; outside training only
+    states: tuple[Float[Tensor, "B N D"], ...] = ()  # behind each layer, where all stages were asked for
 
 
 class Gateway(nn.Module):
@@ -157,10 +157,8 @@ class Answers:
     def stacked(self) -> Refinement:
         """All stages as one axis."""
         corners = torch.stack(self.corners) if self.corners else None
-        states = torch.stack(self.states) if self.states else None
-        return Refinement(
-            torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors, states
-        )
+        logits, boxes = torch.stack(self.logits), torch.stack(self.boxes)
+        return Refinement(logits, boxes, tuple(self.stages), corners, self.anchors, tuple(self.states))
 
 
 class Decoder(nn.Module, ABC):
@@ -227,7 +225,7 @@ class Decoder(nn.Module, ABC):
                 positions = self._positions(reference, x.dtype)
             where = reference if self.spatial is None else self.spatial(x, reference, first=index == 0)
             x = layer(x, positions, where, memory, blocked)
-            if all_stages and not self.training:
+            if all_stages:
                 answers.states.append(x)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()

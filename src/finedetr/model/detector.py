@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -89,17 +91,19 @@ class Detector(nn.Module):
         answers = self.decoder(content, references, memory, blocked, all_stages or bool(extra), positions)
         trace = None
         if all_stages:
-            states = None if answers.states is None else answers.states[:, :, -queries.references.shape[1] :]
+            own, selection = queries.references.shape[1], self.selection
+            score = partial(selection.score, tokens, shapes) if isinstance(selection, QuerySelection) else None
             trace = Trace(
                 shapes,
                 queries.tokens,
                 queries.references,
                 maps,
                 necks,
-                states,
+                tuple(state[:, -own:] for state in answers.states),
                 queries.embedded,
                 queries.content,
                 queries.positions,
+                score,
             )
         return self._output(answers, queries, extra, all_stages, pyramid, trace)
 

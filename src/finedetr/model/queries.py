@@ -106,6 +106,15 @@ class QuerySelection(nn.Module):
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
 
+    def score(
+        self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B P"]
+    ) -> Float[Tensor, "B P C"]:
+        """The class logits of given cells, with gradient and in fp32."""
+        usable = self._table(shapes, memory.device)[1]
+        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
+        logits: Tensor = self.score_head(self.norm(self.proj(chosen.float())))
+        return logits
+
     @torch.no_grad()
     def of_tokens(
         self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B Q"]

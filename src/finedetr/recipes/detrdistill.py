@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import Literal
 
 from finedetr.distill.queries import QueryPrior
-from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
+from finedetr.distill.terms import (
+    ContrastiveDistillation,
+    EncoderDistillation,
+    FeatureDistillation,
+    LogitsDistillation,
+)
 from finedetr.train.recipe import Recipe
 
 __all__ = ["detrdistill", "detrdistill_paper", "detrdistill_released"]
@@ -24,26 +29,27 @@ def detrdistill(base: Recipe) -> Recipe:
     pairs count by the teacher's score, distributions of edges are compared in a common frame, and the teacher's queries
     reach the student as cells of its own pyramid. The features' weight makes them about a tenth of the whole.
 
+    Off, and there to be switched on by a weight: `EncoderDistillation` (which cells are worth a query; not in the
+    paper) and `ContrastiveDistillation` (in the released code alone).
+
     Command: `finedetr train --data pictures/ --model dfine-n --teacher runs/large`.
     Time: the teacher's forward pass, and less than 15 % of a step (LOG.md).
     Expect (published, COCO): Deformable DETR R50 44.1 -> 46.6, Conditional DETR R50 40.7 -> 42.9; of the parts, on
     AdaMixer, logits +1.4, features +1.2, query prior +0.6. On drawn pictures: see LOG.md. Not checked by us on COCO.
     """
+    objective, off = base.objective, ContrastiveDistillation(weight=0.0)
     if not base.model.decoder.selects:
         tap: Literal["neck", "encoder"] = "neck" if len(base.model.strides) > 1 else "encoder"
-        features = FeatureDistillation(tap=tap, space="map")
-        return replace(
-            base, objective=base.objective.plus(_JOINT, features), sources=(*base.sources, QueryPrior(top=0))
-        )
-    return replace(
-        base,
-        objective=base.objective.plus(LogitsDistillation(), FeatureDistillation(weight=5.0)),
-        sources=(*base.sources, QueryPrior()),
-    )
+        objective = objective.plus(_JOINT, FeatureDistillation(tap=tap, space="map"), off)
+        return replace(base, objective=objective, sources=(*base.sources, QueryPrior(top=0)))
+    objective = objective.plus(LogitsDistillation(), FeatureDistillation(weight=5.0), off)
+    if base.model.decoder.source != "proposals":
+        objective = objective.plus(EncoderDistillation(weight=0.0))
+    return replace(base, objective=objective, sources=(*base.sources, QueryPrior()))
 
 
 def detrdistill_released(base: Recipe) -> Recipe:
-    """DETRDistill as its authors' code has it: one assignment of all queries; the student matches itself.
+    """DETRDistill as its authors' code has it: one assignment of all queries, a contrastive head, own matching.
 
     Command: `finedetr train --data pictures/ --teacher runs/large --with detrdistill-released`.
     Expect (published, COCO): Deformable DETR R50 46.6, re-run by the authors 46.5. Not checked by us.
@@ -51,7 +57,9 @@ def detrdistill_released(base: Recipe) -> Recipe:
     recipe = detrdistill(base)
     return replace(
         recipe,
-        objective=recipe.objective.swap(LogitsDistillation, _JOINT),
+        objective=recipe.objective.swap(LogitsDistillation, _JOINT).swap(
+            ContrastiveDistillation, ContrastiveDistillation()
+        ),
         sources=(*base.sources, QueryPrior(assign="self", top=0)),
     )
 

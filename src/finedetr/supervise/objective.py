@@ -186,8 +186,9 @@ class Objective:
         return name
 
     def formula(self) -> str:
-        """The objective in one line; numbers that differ from the published ones are shown."""
-        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in self.terms)
+        """The objective in one line, without what has no weight; numbers other than the published ones are shown."""
+        terms = [term for term in self.terms if term.weight]
+        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in terms)
         return f"{summands}, matched by {describe(self.policy)}"
 
 
