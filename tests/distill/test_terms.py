@@ -281,6 +281,21 @@ def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tap", ["encoder", "neck", "backbone"])
+def test_levels_that_only_one_has_are_passed_over(tap: Any) -> None:
+    """Student at strides 16 and 32, teacher at 8, 16 and 32, both with maps of the same width."""
+    levels = replace(TINY.decoder, points=(2, 2, 2))
+    finer = replace(TINY, backbone=replace(TINY.backbone, stages=(1, 2, 3)), decoder=levels)
+    student, taught = detector(), lesson(detector(finer, 7))
+    output = output_of(student)
+    assert output.trace is not None
+    mine = {"encoder": output.memory, "neck": output.trace.necks, "backbone": output.trace.features}[tap]
+    theirs = {"encoder": taught.memory, "neck": taught.trace.necks, "backbone": taught.trace.features}[tap]
+    wanted = sum(((a - b) ** 2).mean() for a, b in zip(mine, theirs[1:], strict=True))
+    found = FeatureDistillation(tap=tap, mode="none")(supervision(student, taught))
+    torch.testing.assert_close(found, torch.as_tensor(wanted).expand(2))
+
+
 def test_predictions_vanish_where_both_agree_and_without_any_score() -> None:
     told, output = lesson(detector()), asked()
     s = judge(output, batch()[1], told)
