@@ -84,6 +84,8 @@ def test_a_distilled_student_is_a_detector_like_any_other(
     # the card says how it was trained, as of every run, and nothing of who taught it
     assert str(tmp_path).encode() not in folder.best_weights.read_bytes()
     assert (card.config, card.recipe["name"]) == (config, recipe.name)
+    if config is TINY:  # the other one shows it of the graph, in half the time
+        return
     images = torch.rand(1, 3, 64, 64)
     exported = [torch.export.export(Answers(d.eval()), (images,), strict=False) for d in (detector, plain)]
     nodes = [[(node.op, str(node.target)) for node in e.graph.nodes] for e in exported]
