@@ -266,6 +266,7 @@ class QueryGroup:
     weight: float = 1.0  # 0: keeps every parameter in the graph and teaches nothing (a batch without targets)
     positions: Float[Tensor, "B Q D"] | None = None
     agnostic: bool = False  # classes do not count: every target is of class 0
+    own_points: bool = False  # the detector makes points of the positions, as for its own; the boxes do not count
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -44,6 +45,12 @@ LEARNED = [name for name, recipe in OWN.items() if recipe != "dino" and "two" no
 
 def host(name: str, **decoder: Any) -> ModelConfig:
     return TINY if name == "dfine" else small(name, layers=2, encoders=1, **decoder)
+
+
+@lru_cache(maxsize=None)
+def fixed(name: str, seed: int = 0) -> Detector:
+    """One for all tests; do not change it."""
+    return random_detector(host(name), seed)
 
 
 def taught(detector: Detector, counts: tuple[int, ...] = (3, 0), *, itself: bool = False) -> Lesson:
@@ -133,16 +140,15 @@ def test_a_step_with_both_papers_is_finite_and_leaves_the_own_queries_alone(name
 
 @pytest.mark.parametrize("name", LEARNED[:3])
 def test_learned_queries_keep_their_places_and_strangers_have_none(name: str) -> None:
-    config = host(name)
-    student = random_detector(config)
+    student = fixed(name)
     own = answer(student).trace
     assert own is not None
     assert own.tokens is None
-    itself, stranger = taught(student, itself=True), taught(random_detector(config, 1))
+    itself, stranger = taught(student, itself=True), taught(fixed(name, 1))
     assert torch.equal(same_queries(itself, own), torch.arange(7).expand(2, 7))
     assert bool((same_queries(stranger, own) == -1).all())
     assert known_as(stranger, own) is None
-    assert known_as(taught(random_detector(TINY, 1)), own) is None
+    assert known_as(taught(fixed("dfine", 1)), own) is None
     assert matched_by(stranger, own) is None
     matched = matched_by(itself, own)
     assert matched is not None
@@ -191,8 +197,7 @@ GIVES_POSITIONS = (*POINTS, "deformable-detr-r50-two-stage")
 @pytest.mark.parametrize("teacher", [*KINDS, "dino-r50"])
 @pytest.mark.parametrize("student", [*KINDS, "dino-r50"])
 def test_families_teach_one_another_where_a_query_means_something_in_both(student: str, teacher: str) -> None:
-    config, other = host(student), random_detector(host(teacher), 1)
-    detector = random_detector(config)
+    config, detector, other = host(student), fixed(student), fixed(teacher, 1)
     makes_sense = teacher in GIVES_POSITIONS if student in POINTS else teacher not in POINTS
     for source in (QueryPrior(), QueryPrior(content="teacher"), AuxiliaryQueries(teacher="frozen")):
         if not makes_sense:
@@ -250,3 +255,24 @@ def test_tokens_of_odd_levels_are_carried_exactly() -> None:
     assert made is not None
     assert lesson.trace.shapes[-1] == (2, 2)
     assert slots_of(lesson.trace.tokens, lesson.trace.tokens).min() >= 0  # type: ignore[arg-type]
+
+
+def test_the_released_form_makes_points_by_the_students_own_layer() -> None:
+    config = host("deformable-detr-r50")
+    recipe = build(config, "deformable-detr", ("detrdistill-released",), random_start=False)
+    (source,) = recipe.sources
+    assert source == QueryPrior(assign="self", points="student", top=0)
+    student, lesson = random_detector(config), taught(random_detector(config, 1))
+    released, ours = (
+        made(batch()[1], Guidance((64, 64), lesson), config) for made in (source, replace(source, points="teacher"))
+    )
+    assert released is not None
+    assert ours is not None
+    assert released.positions is not None
+    assert released.assignment is None
+    points = student.selection.points_of(released.positions)  # type: ignore[operator]
+    moved = replace(ours, boxes=torch.cat((points, points), dim=-1))
+    torch.testing.assert_close(answer(student, released).groups[0][1].boxes, answer(student, moved).groups[0][1].boxes)
+    assert not torch.allclose(points, ours.boxes[..., :2], atol=1e-2)
+    (contrast,) = (term for term in recipe.objective.terms if type(term).__name__ == "ContrastiveDistillation")
+    assert contrast.weight == 0.2

@@ -74,6 +74,9 @@ class QueryPrior(TeacherSource):
     """So many of the teacher's queries: those of targets at any stage first, then by score. 0: all."""
     content: Literal["own", "teacher"] = "own"
     """What they start with where the student could make it: its own, or what the teacher's start with."""
+    points: Literal["teacher", "student"] = "teacher"
+    """Who makes points of positions that are taken over (Conditional and Deformable DETR; the released code: the
+    student)."""
     assign: Literal["teacher", "self"] = "teacher"
     """Who matches them: the teacher's own answers, or the student's (as the released code does)."""
     answers: bool = False
@@ -91,6 +94,7 @@ class QueryPrior(TeacherSource):
             _as_boxes(_of(lesson.trace.boxes, chosen)),
             assignment=replace(known, query=slot[known.image, known.query]) if self.assign == "teacher" else None,
             taught=_answers_for(lesson.answers, names, chosen) if self.answers else None,
+            own_points=self.points == "student",
         )
         return _started(group, lesson, student, size, chosen, self.content)
 

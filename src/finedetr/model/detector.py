@@ -14,7 +14,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
 from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
-from finedetr.model.queries import Answer, Queries, QuerySelection, build_queries
+from finedetr.model.queries import Answer, LearnedPoints, Queries, QuerySelection, build_queries
 from finedetr.records import Edges, Output, Prediction, QueryGroup, Trace
 
 __all__ = ["Detector"]
@@ -156,7 +156,7 @@ class Detector(nn.Module):
         dtype, size = queries.content.dtype, queries.references.shape[-1]
         made = [self._content(group, tokens, shapes).to(dtype) for group in extra]
         content = torch.cat([*made, queries.content], dim=1)
-        references = torch.cat([*(group.boxes[..., :size] for group in extra), queries.references], dim=1)
+        references = torch.cat([*(self._references(group, size) for group in extra), queries.references], dim=1)
         if queries.positions is None:
             return content, references, None
         given = [self._positions(group).to(dtype) for group in extra]
@@ -176,6 +176,11 @@ class Detector(nn.Module):
             raise self._not_of_boxes(group)
         embedded: Tensor = self.label_embedding(group.labels)
         return embedded
+
+    def _references(self, group: QueryGroup, size: int) -> Tensor:
+        if group.own_points and group.positions is not None and isinstance(self.selection, LearnedPoints):
+            return self.selection.points_of(group.positions)
+        return group.boxes[..., :size]
 
     def _positions(self, group: QueryGroup) -> Tensor:
         if group.positions is not None:

@@ -177,7 +177,12 @@ class LearnedPoints(nn.Module):
         positions, content = learned[..., : self.width], learned[..., self.width :]
         if not content.shape[-1]:
             content = torch.zeros_like(positions)
-        return Queries(content, self.point(positions).float().sigmoid(), positions)
+        return Queries(content, self.points_of(positions), positions)
+
+    def points_of(self, positions: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q 2"]:
+        """The point that each position means."""
+        points: Tensor = self.point(positions).float().sigmoid()
+        return points
 
 
 class LearnedAnchors(nn.Module):

@@ -60,7 +60,7 @@ def detrdistill_released(base: Recipe) -> Recipe:
         objective=recipe.objective.swap(LogitsDistillation, _JOINT).swap(
             ContrastiveDistillation, ContrastiveDistillation()
         ),
-        sources=(*base.sources, QueryPrior(assign="self", top=0)),
+        sources=(*base.sources, QueryPrior(assign="self", points="student", top=0)),
     )
 
 
