@@ -1,12 +1,16 @@
-"""What each part of DETRDistill and OD-DETR is worth at equal steps of the student, on drawn pictures.
+"""What each part of DETRDistill and OD-DETR is worth at equal steps of the student.
 
-    python -m benchmarks.distillation_table --out FOLDER [--warm 750 --steps 125 --seeds 3 --minutes 60]
+    python -m benchmarks.distillation_table --out FOLDER [--data drawings --warm 750 --steps 125 --seeds 3]
+    python -m benchmarks.distillation_table --out FOLDER --data ../shared/data/dice --size 416 416 \
+        --rows alone logits features prior detrdistill --device cuda
+    python -m benchmarks.distillation_table --list
 
-Trains a teacher (once) and a smaller student alone (once: from random weights all rows would be noise for as long as
-this takes). From that student on, every row of the table goes on for equal steps, with one seed after the other: round
-by round, so that a table that is stopped has as many seeds of one row as of another. Every run is what `finedetr train`
-does, on one thread; what counts is AP of the moving average after the last step. FOLDER keeps what is done, so the same
-command goes on.
+Trains a teacher (once for a data set, or takes `--teacher`) and a smaller student alone (once, or takes `--start`: from
+random weights all rows would be noise for as long as this takes). From that student on, every row goes on for equal
+steps, with one seed after the other: round by round, so that a table that is stopped has as many seeds of one row as of
+another. Every run is what `finedetr train` does; what counts is AP of the moving average after the last step. Each run
+is added to FOLDER/runs.json when it ends, and the same command goes on where it stopped. The table is also written to
+FOLDER/table.md.
 """
 
 from __future__ import annotations
@@ -17,65 +21,32 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from finedetr.cli.demo import demo_recipe
 from finedetr.data.drawing import draw_dataset
+from finedetr.data.formats import open_dataset
 from finedetr.distill.matching import TeacherVotes
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation, PredictionDistillation
+from finedetr.model.zoo import variant
 from finedetr.recipes import PAPERS, build
-from finedetr.supervise.terms import MatchabilityAware, Varifocal
+from finedetr.supervise.terms import MatchabilityAware, Term, Varifocal
 from finedetr.train.distributed import keep_freed_memory
-from finedetr.train.folder import RunFolder
+from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin
 
-SIDE, TRAIN, VAL = 128, 1000, 200
+SIDE, TRAIN, VAL = 128, 1000, 200  # of the drawings
 Row = Callable[[Recipe], Recipe]
 
 
-def teacher_recipe(seconds: float) -> Recipe:
-    """The demo's detector with a third layer, for as long as it may take."""
-    recipe = demo_recipe(seconds)
-    model = replace(recipe.model, decoder=replace(recipe.model.decoder, layers=3))
-    return replace(recipe, model=model, epochs=200, evaluating=replace(recipe.evaluating, every=10))
-
-
-def student_recipe(steps: int, seed: int, paper: str) -> Recipe:
-    """Half as wide and two layers deep, D-FINE's or DEIM's losses, the demo's settings."""
-    demo = demo_recipe(0)
-    model = replace(
-        demo.model,
-        encoder=replace(demo.model.encoder, width=64, feedforward=256),
-        decoder=replace(demo.model.decoder, width=64, feedforward=256),
-    )
-    recipe = build(model, paper, random_start=True)
-    heavy = Varifocal if paper == "dfine" else MatchabilityAware
-    per_epoch = TRAIN // (demo.batch or 8)
-    return replace(
-        demo,
-        name=recipe.name,
-        model=recipe.model,
-        objective=recipe.objective.with_weights({heavy.__name__: 4.0}),
-        epochs=-(-steps // per_epoch),
-        max_time=0.0,
-        seed=seed,
-        schedule=replace(demo.schedule, curve="flat-cosine", flat=0.5, plain=0.9),
-        evaluating=replace(demo.evaluating, every=1000),
-        teaching=replace(recipe.teaching, watch=0),
-    )
-
-
-def logits(recipe: Recipe) -> Recipe:
-    return replace(recipe, objective=recipe.objective.plus(LogitsDistillation()))
-
-
-def features(recipe: Recipe) -> Recipe:
-    return replace(recipe, objective=recipe.objective.plus(FeatureDistillation(weight=5.0)))
+def adding(*terms: Term) -> Row:
+    return lambda recipe: replace(recipe, objective=recipe.objective.plus(*terms))
 
 
 def prior(recipe: Recipe) -> Recipe:
@@ -102,93 +73,199 @@ def auxiliary(recipe: Recipe) -> Recipe:
     return replace(recipe, sources=(*recipe.sources, AuxiliaryQueries()))
 
 
-ROWS: dict[str, tuple[str, tuple[Row, ...]]] = {
-    "student alone (D-FINE)": ("dfine", ()),
-    "+ logits": ("dfine", (logits,)),
-    "+ features": ("dfine", (features,)),
-    "+ query prior": ("dfine", (prior,)),
-    "+ query prior, held to the answers": ("dfine", (prior_answers,)),
-    "DETRDistill, all three": ("dfine", (PAPERS["detrdistill"],)),
-    "+ matching (OD)": ("dfine", (matching,)),
-    "+ prediction (OD)": ("dfine", (prediction,)),
-    "+ auxiliary (OD)": ("dfine", (auxiliary,)),
-    "OD-DETR, all three": ("dfine", (PAPERS["od-detr"],)),
-    "OD-DETR, all three, quality focal": ("dfine", (PAPERS["od-detr-paper"],)),
-    "student alone (DEIM)": ("deim", ()),
-    "DEIM + OD-DETR": ("deim", (PAPERS["od-detr"],)),
-    "DEIM + DETRDistill": ("deim", (PAPERS["detrdistill"],)),
-    "DEIM + both": ("deim", (PAPERS["detrdistill"], PAPERS["od-detr"])),
+JOINT = LogitsDistillation(pairing="joint", top=0, weighting="uniform", normalizer="queries")
+LOGITS, FEATURES = adding(LogitsDistillation()), adding(FeatureDistillation(weight=5.0))
+ROWS: dict[str, tuple[str, str, tuple[Row, ...]]] = {  # key: what the table says, the recipe, what is put on top
+    "alone": ("student alone (D-FINE)", "dfine", ()),
+    "logits": ("+ logits", "dfine", (LOGITS,)),
+    "logits-no-edges": ("+ logits, no edges", "dfine", (adding(LogitsDistillation(edges=0.0)),)),
+    "logits-t5": ("+ logits, edges at T = 5", "dfine", (adding(LogitsDistillation(temperature=5.0)),)),
+    "logits-joint": ("+ logits, joint (released)", "dfine", (adding(JOINT),)),
+    "features": ("+ features", "dfine", (FEATURES,)),
+    "features-x4": ("+ features, weight x 4", "dfine", (adding(FeatureDistillation(weight=20.0)),)),
+    "prior": ("+ query prior", "dfine", (prior,)),
+    "prior-answers": ("+ query prior, held to the answers", "dfine", (prior_answers,)),
+    "logits-features": ("+ logits, features", "dfine", (LOGITS, FEATURES)),
+    "detrdistill": ("DETRDistill, all three", "dfine", (PAPERS["detrdistill"],)),
+    "matching": ("+ matching (OD)", "dfine", (matching,)),
+    "prediction": ("+ prediction (OD)", "dfine", (prediction,)),
+    "auxiliary": ("+ auxiliary (OD)", "dfine", (auxiliary,)),
+    "od-detr": ("OD-DETR, all three", "dfine", (PAPERS["od-detr"],)),
+    "od-detr-paper": ("OD-DETR, all three, quality focal", "dfine", (PAPERS["od-detr-paper"],)),
+    "deim": ("student alone (DEIM)", "deim", ()),
+    "deim-od-detr": ("DEIM + OD-DETR", "deim", (PAPERS["od-detr"],)),
+    "deim-detrdistill": ("DEIM + DETRDistill", "deim", (PAPERS["detrdistill"],)),
+    "deim-both": ("DEIM + both", "deim", (PAPERS["detrdistill"], PAPERS["od-detr"])),
 }
 
 
-def measure(args: argparse.Namespace, name: str, seed: int, data: Path, teacher: Path, start: Path) -> dict[str, float]:
-    """One run of one row."""
-    paper, parts = ROWS[name]
-    recipe = student_recipe(args.steps, seed, paper)
-    for part in parts:
-        recipe = part(recipe)
-    folder = args.out / "run"
-    begun = time.monotonic()
-    request = Request(data, recipe, folder, weights=start, device="cpu", overwrite=True, quiet=True)
-    result = begin(replace(request, teacher=teacher if "frozen" in recipe.teachers else None))
-    assert result.evaluation is not None
-    seconds = time.monotonic() - begun
-    shutil.rmtree(folder)
-    return {"ap": result.evaluation.ap, "ap50": result.evaluation.ap50, "steps": result.steps, "seconds": seconds}
+@dataclass(frozen=True)
+class Bench:
+    """One data set with its teacher, its student and the runs that are done."""
+
+    args: argparse.Namespace
+    data: Path
+    per_epoch: int  # steps
+
+    @property
+    def folder(self) -> Path:
+        """Of this data set."""
+        return Path(self.args.out) / (self.data.name if self.data.is_dir() else self.data.stem)
+
+    def teacher_recipe(self, seconds: float) -> Recipe:
+        """The demo's detector with a third layer, or `--teacher-model`, for as long as it may take."""
+        recipe = self._settings(demo_recipe(seconds), self.args.teacher_model)
+        if not self.args.teacher_model:
+            model = replace(recipe.model, decoder=replace(recipe.model.decoder, layers=3))
+            recipe = replace(recipe, model=model)
+        return replace(recipe, epochs=200, evaluating=replace(recipe.evaluating, every=10))
+
+    def student_recipe(self, steps: int, seed: int, paper: str) -> Recipe:
+        """Half as wide and two layers deep, or `--model`; D-FINE's or DEIM's losses, the demo's settings."""
+        demo = self._settings(demo_recipe(0), self.args.model)
+        model = demo.model
+        if not self.args.model:
+            model = replace(
+                model,
+                encoder=replace(model.encoder, width=64, feedforward=256),
+                decoder=replace(model.decoder, width=64, feedforward=256),
+            )
+        recipe = build(model, paper, random_start=True)
+        heavy = Varifocal if paper == "dfine" else MatchabilityAware
+        return replace(
+            demo,
+            name=recipe.name,
+            model=model if self.args.model else recipe.model,
+            objective=recipe.objective.with_weights({heavy.__name__: 4.0}),
+            epochs=-(-steps // self.per_epoch),
+            max_time=0.0,
+            seed=seed,
+            schedule=replace(demo.schedule, curve="flat-cosine", flat=0.5, plain=0.9),
+            evaluating=replace(demo.evaluating, every=1000),
+            teaching=replace(recipe.teaching, watch=0),
+        )
+
+    def _settings(self, demo: Recipe, model: str | None) -> Recipe:
+        args = self.args
+        return replace(
+            demo,
+            model=variant(model) if model else demo.model,
+            size=tuple(args.size),
+            batch=args.batch,
+            lr=args.lr,
+            workers=args.workers,
+            precision=args.precision,
+        )
+
+    def weights(self, given: str | None, name: str, recipe: Callable[[], Recipe]) -> Path:
+        """Those that the user gave, or of a run that is done here once."""
+        if given:
+            return find_weights(given)
+        run = RunFolder(self.folder / name)
+        if not run.best_weights.is_file():
+            begin(Request(self.data, recipe(), run.root, device=self.args.device, overwrite=True))
+        return run.best_weights
+
+    def measure(self, row: str, seed: int, teacher: Path, start: Path) -> dict[str, Any]:
+        """One run of one row."""
+        _, paper, parts = ROWS[row]
+        recipe = self.student_recipe(self.args.steps, seed, paper)
+        for part in parts:
+            recipe = part(recipe)
+        folder, begun = self.folder / f"run-{row}-{seed}", time.monotonic()
+        request = Request(self.data, recipe, folder, weights=start, device=self.args.device, overwrite=True, quiet=True)
+        result = begin(replace(request, teacher=teacher if "frozen" in recipe.teachers else None))
+        assert result.evaluation is not None
+        shutil.rmtree(folder)
+        return {
+            **{"data": self.folder.name, "row": row, "seed": seed, "steps": self.args.steps},
+            **{"model": recipe.model.name, "teacher": str(teacher)},
+            **{"ap": result.evaluation.ap, "ap50": result.evaluation.ap50},
+            "seconds_a_step": (time.monotonic() - begun) / result.steps,
+        }
 
 
-def table(done: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and spread (sample standard deviation) of every row that has a run."""
-    lines = ["| row | seeds | AP | AP50 | s/step |", "|---|---|---|---|---|"]
-    for name in ROWS:
-        if not done.get(name):
-            continue
-        cells = []
-        for key in ("ap", "ap50"):
-            values = [run[key] for run in done[name]]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        pace = statistics.median(run["seconds"] / run["steps"] for run in done[name])
-        lines.append(f"| {name} | {len(done[name])} | {' | '.join(cells)} | {pace:.2f} |")
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean and spread (sample standard deviation) of every row that has a run, for each data set and length."""
+    lines = []
+    for data, steps in sorted({(run["data"], run["steps"]) for run in runs}):
+        lines += [f"{data}, {steps} steps", "", "| row | seeds | AP | AP50 | against alone | s/step |"]
+        lines.append("|---|---|---|---|---|---|")
+        here = [run for run in runs if (run["data"], run["steps"]) == (data, steps)]
+        for key, (title, paper, parts) in ROWS.items():
+            own = [run for run in here if run["row"] == key]
+            if not own:
+                continue
+            alone = {run["seed"]: run["ap"] for run in here if run["row"] == ("alone" if paper == "dfine" else "deim")}
+            gains = [run["ap"] - alone[run["seed"]] for run in own if run["seed"] in alone]
+            against = f"{statistics.mean(gains):+.3f}" if gains and parts else ""
+            pace = statistics.median(run["seconds_a_step"] for run in own)
+            cells = [_spread([run[name] for run in own]) for name in ("ap", "ap50")]
+            lines.append(f"| {title} | {len(own)} | {' | '.join(cells)} | {against} | {pace:.2f} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher-minutes", type=float, default=18)
-    parser.add_argument("--warm", type=int, default=750, help="steps of the student before the table")
-    parser.add_argument("--steps", type=int, default=125, help="of every row, in whole epochs of 125")
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--data", default="drawings", help="drawings, or a data set")
+    parser.add_argument("--size", type=int, nargs=2, default=(SIDE, SIDE), metavar=("H", "W"))
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=750, help="steps of the student before the table")
+    parser.add_argument("--steps", type=int, default=125, help="of every row, rounded up to whole epochs")
+    parser.add_argument("--teacher", help="weights; unset: trained here")
+    parser.add_argument("--teacher-minutes", type=float, default=18)
+    parser.add_argument("--teacher-model", help="of the table of models; unset: the demo's with a third layer")
+    parser.add_argument("--start", help="weights that all rows begin with; unset: trained here")
+    parser.add_argument("--model", help="the student, of the table of models; unset: half of the demo's")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS))
-    args = parser.parse_args()
+    parser.add_argument("--list", action="store_true", help="say which rows there are")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.list:
+        print("\n".join(f"{key:20} {title}" for key, (title, *_) in ROWS.items()))
+        return
     begun = time.monotonic()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    data = args.out / "drawings"
-    if not data.is_dir():
-        draw_dataset(data, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=0)
-    folder = RunFolder(args.out / "teacher")
-    if not folder.best_weights.is_file():
-        begin(Request(data, teacher_recipe(60 * args.teacher_minutes), folder.root, device="cpu", overwrite=True))
-    start = RunFolder(args.out / "student")
-    if not start.best_weights.is_file():
-        recipe = student_recipe(args.warm, 1000, "dfine")
-        begin(Request(data, recipe, start.root, device="cpu", overwrite=True))
-    note = args.out / f"table-{args.steps}.json"
-    done: dict[str, list[dict[str, float]]] = json.loads(note.read_text()) if note.is_file() else {}
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+        keep_freed_memory()
+    data = Path(args.data)
+    if args.data == "drawings":
+        data = args.out / "drawings"
+        if not data.is_dir():
+            draw_dataset(data, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=0)
+    bench = Bench(args, data, max(len(open_dataset(data, "train")) // args.batch, 1))
+    teacher = bench.weights(args.teacher, "teacher", lambda: bench.teacher_recipe(60 * args.teacher_minutes))
+    start = bench.weights(args.start, "student", lambda: bench.student_recipe(args.warm, 1000, "dfine"))
+    note = args.out / "runs.json"
+    runs: list[dict[str, Any]] = json.loads(note.read_text()) if note.is_file() else []
+    place = {"data": bench.folder.name, "steps": args.steps}
     for seed in range(args.seeds):
-        for name in args.rows:
-            if len(done.get(name, [])) > seed:
+        for row in args.rows:
+            wanted = {**place, "row": row, "seed": seed}
+            if any(wanted.items() <= run.items() for run in runs):
                 continue
             if time.monotonic() - begun > 60 * args.minutes:
-                print(table(done))
                 return
-            done.setdefault(name, []).append(measure(args, name, seed, data, folder.best_weights, start.best_weights))
-            note.write_text(json.dumps(done, indent=1))
-            print(name, seed, done[name][-1], flush=True)
-    print(table(done))
+            runs.append(bench.measure(row, seed, teacher, start))
+            note.write_text(json.dumps(runs, indent=1))
+            (args.out / "table.md").write_text(table(runs))
+            print(runs[-1], flush=True)
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_every_training_command_can_be_planned(
     earlier = {"data": {"path": str(data)}, "recipe": to_dict(build(variant("dfine-n"), random_start=True))}
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps(earlier))
-    words = [str(data) if word == "pictures/" else word for word in words]
+    words = [{"pictures/": str(data), "more/": str(data / "val")}.get(word, word) for word in words]
     words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
     if "--teacher" in words:
         place = words.index("--teacher") + 1

@@ -192,6 +192,7 @@ def train(
     backbone_weights: str | Path | None = None,
     queries: int | None = None,
     teacher: str | Path | None = None,
+    unlabelled: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
@@ -220,6 +221,7 @@ def train(
         backbone_weights: Start the backbone alone from its official file.
         queries: Another number of queries than the model's own.
         teacher: Weights of a detector to learn from (`--with detrdistill` if `extras` make no use of it).
+        unlabelled: Folder of further pictures, about which the teacher alone speaks.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
         quiet: Say nothing.
@@ -237,9 +239,14 @@ def train(
     file = read_template(config) if config is not None else None
     if file is not None:
         file.refuse([name for name, said in (("model", model), ("with", extras)) if said])
-        given = {"weights": weights, "backbone_weights": backbone_weights, "teacher": teacher}
+        given = {
+            "weights": weights,
+            "backbone_weights": backbone_weights,
+            "teacher": teacher,
+            "unlabelled": unlabelled,
+        }
         before = file.files([name for name, value in given.items() if value is not None])
-        weights, backbone_weights, teacher = (given[name] or before[name] for name in given)
+        weights, backbone_weights, teacher, unlabelled = (given[name] or before[name] for name in given)
     start = find_weights(weights) if weights is not None else None
     if isinstance(recipe, Recipe):
         if model is not None or extras:
@@ -271,6 +278,7 @@ def train(
         weights=start,
         backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
         teacher=find_weights(teacher) if teacher is not None else None,
+        unlabelled=Path(unlabelled) if unlabelled is not None else None,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

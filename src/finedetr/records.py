@@ -7,7 +7,7 @@ Boxes are (cx, cy, w, h) in [0, 1] of the network input.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -41,13 +41,15 @@ Who = Literal["frozen", "average"]
 class Targets:
     """The truth of a batch: T boxes, picture after picture, as three parallel tensors.
 
-    `counts` are plain integers, so that nothing has to ask the device how many boxes a picture has.
+    `counts` are plain integers, so that nothing has to ask the device how many boxes a picture has. Pictures of which
+    nobody knows the truth stand last and count no boxes; only teachers have something to say about them.
     """
 
     labels: Int[Tensor, " T"]
     boxes: Float[Tensor, "T 4"]
     image: Int[Tensor, " T"]  # the picture of each box, non-decreasing
     counts: tuple[int, ...]  # boxes of each picture, length B
+    annotated: int | None = None  # of so many pictures, the first ones, the truth is known; None: of all
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -56,6 +58,11 @@ class Targets:
     def pictures(self) -> int:
         """How many pictures the batch has, those without boxes included."""
         return len(self.counts)
+
+    @property
+    def with_truth(self) -> int:
+        """How many pictures the truth is known of."""
+        return self.pictures if self.annotated is None else self.annotated
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -106,6 +113,7 @@ class Targets:
             self.boxes.to(device, non_blocking=non_blocking),
             self.image.to(device, non_blocking=non_blocking),
             self.counts,
+            self.annotated,
         )
 
 
@@ -120,7 +128,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by a loader that pins; pictures and targets both."""
         t = self.targets
-        pinned = Targets(t.labels.pin_memory(), t.boxes.pin_memory(), t.image.pin_memory(), t.counts)
+        pinned = Targets(t.labels.pin_memory(), t.boxes.pin_memory(), t.image.pin_memory(), t.counts, t.annotated)
         return Batch(self.images.pin_memory(), pinned, self.names)
 
 
@@ -148,6 +156,13 @@ class Prediction:
     boxes: Float[Tensor, "S B Q 4"]
     stages: tuple[str, ...]  # S names, such as ("encoder", "initial", "layer0", "layer1", "layer2")
     edges: Edges | None = None
+
+    def first(self, pictures: int) -> Prediction:
+        """The answers to the first so many pictures."""
+        edges = self.edges
+        if edges is not None:
+            edges = Edges(edges.logits[:, :pictures], edges.anchors[:pictures], edges.bins, edges.scale)
+        return Prediction(self.logits[:, :pictures], self.boxes[:, :pictures], self.stages, edges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +243,11 @@ class Match:
 class QueryGroup:
     """Queries from outside the detector, for training only; they attend to one another and to the image.
 
-    Exactly one of `content`, `labels` and `tokens` is given: `labels` are class indices (C = padding) that the detector
-    embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own.
-    `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR).
+    At most one of `content`, `labels`, `tokens` and `slots` is given: `labels` are class indices (C = padding) that the
+    detector embeds, `tokens` are cells of its flattened pyramid, of which it makes queries as it makes its own, `slots`
+    are places among its learned contents (DINO). None of them: it makes queries of boxes (Deformable DETR in two
+    stages). `positions` are for detectors that do not make them of boxes (Conditional DETR, Deformable DETR in one
+    stage); these look at the boxes' centers.
     `assignment` is stage-free (its pairs hold at every stage, `stage` is all zero with a count of length 1), or has the
     stages of the group's answers.
     """
@@ -240,6 +257,7 @@ class QueryGroup:
     content: Float[Tensor, "B Q D"] | None = None
     labels: Int[Tensor, "B Q"] | None = None
     tokens: Int[Tensor, "B Q"] | None = None
+    slots: Int[Tensor, "B Q"] | None = None
     blocked: Bool[Tensor, "*B Q Q"] | None = None  # True: the row's query does not see the column's
     assignment: Assignment | None = None
     taught: Prediction | None = None  # what a teacher answered to these very queries
@@ -248,6 +266,7 @@ class QueryGroup:
     weight: float = 1.0  # 0: keeps every parameter in the graph and teaches nothing (a batch without targets)
     positions: Float[Tensor, "B Q D"] | None = None
     agnostic: bool = False  # classes do not count: every target is of class 0
+    own_points: bool = False  # the detector makes points of the positions, as for its own; the boxes do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +277,15 @@ class Trace:
     """
 
     shapes: tuple[tuple[int, int], ...]  # height and width of each level
-    tokens: Int[Tensor, "B Q"]  # which cell each matching query comes from
-    boxes: Float[Tensor, "B Q 4"]  # where it starts to look
+    tokens: Int[Tensor, "B Q"] | None  # which cell each matching query comes from; None: it is learned
+    boxes: Float[Tensor, "B Q R"]  # where it starts to look: a box, or a point
     features: tuple[Float[Tensor, "B _ _ _"], ...]  # the backbone's maps
-    states: Float[Tensor, "L B Q D"] | None = None  # behind each layer; outside training only
+    necks: tuple[Float[Tensor, "B E _ _"], ...] = ()  # the same in the encoder's width, before it
+    states: tuple[Float[Tensor, "B Q D"], ...] = ()  # behind each layer
     embedded: Float[Tensor, "B _ D"] | None = None  # all tokens in the space of queries; outside training only
+    content: Float[Tensor, "B Q D"] | None = None  # what each matching query starts with
+    positions: Float[Tensor, "B Q D"] | None = None  # its position, where the decoder does not make it of the box
+    score: Callable[[Tensor], Tensor] | None = None  # tokens [B P] -> the encoder's logits of them [B P C]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +311,10 @@ class Lesson:
     match: Assignment  # its own queries and the targets, at all of its stages
     known: Bool[Tensor, " C"] | None = None  # the student's classes that it knows; None: all
     strength: float = 1.0  # less than 1 while it is phased in
-    adapt: Callable[[str, int, Tensor], Tensor] | None = None  # (tap, level of the student, its map) -> teacher's width
+    adapt: Callable[[str, int, Tensor], Tensor] | None = None
+    """(tap, level of the student, its map) -> the teacher's width; (what of queries, 0, the teacher's) -> the
+    student's."""
+    itself: bool = False  # it is the student, or its average: learned queries keep their places
 
 
 @dataclass(frozen=True)
@@ -319,6 +345,20 @@ class Supervision:
     output: Output | None = None  # the whole answer, for the matching group only
     guidance: Guidance | None = None  # what the teachers say of it
     by_targets: bool = True  # whether the targets have a say in this group
+
+    @cached_property
+    def judged(self) -> Supervision:
+        """The same for those pictures alone of which the truth is known: what terms about the targets look at."""
+        known, t = self.targets.annotated, self.targets
+        if known is None:
+            return self
+        return replace(
+            self,
+            answers=self.answers.first(known),
+            targets=Targets(t.labels, t.boxes, t.image, t.counts[:known]),
+            teacher=self.teacher and self.teacher.first(known),
+            matching=self.matching and self.matching.judged,
+        )
 
     @cached_property
     def final(self) -> Prediction:

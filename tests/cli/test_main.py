@@ -342,3 +342,23 @@ def test_the_demo_leaves_its_numbers_and_pictures(
     assert Path(numbers["sheet"]).is_file()
     assert len(list((out / "predictions").glob("*.jpg"))) == 2
     assert "pictures: " in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_pictures_without_labels(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "train",
+        "--data",
+        str(data),
+        "--dry-run",
+        "--json",
+        "--with",
+        "od-detr",
+        "--unlabelled",
+        str(data / "val"),
+    ]
+    assert main([*words, "--teaching.unlabelled", "0.5", *TINY]) == 0
+    said = json.loads(capsys.readouterr().out)["result"]
+    assert said["unlabelled"] == {"folder": str(data / "val"), "pictures": 2, "in_a_batch": 2}
+    assert "PredictionDistillation" in said["objective"]
+    assert main([*words[:4], "--unlabelled", str(data / "val"), *TINY]) == 2
+    assert "no teacher says anything" in capsys.readouterr().err

@@ -175,3 +175,29 @@ def test_the_order_is_a_permutation_that_changes(dataset: Dataset) -> None:
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({tuple(order) for order in orders}) > 3
     assert np.array_equal(pictures.order(2), orders[2])
+
+
+def test_pictures_without_truth_stand_last_in_turn_and_change_nothing_else(dataset: Dataset) -> None:
+    """Three of five beside each batch of two: all of them in turn, whatever the workers, the ranks or the start."""
+    plain, beside = training(dataset), training(dataset, others=dataset.subset(range(5)), beside=3)
+    halves = [training(dataset, batch=1, others=dataset.subset(range(4)), beside=1, rank=r, world=2) for r in (0, 1)]
+    whole = training(dataset, others=dataset.subset(range(4)), beside=2)
+    assert plain.steps == beside.steps
+    order = [beside.pictures.other(place) for place in range(20)]
+    assert [sorted(order[first : first + 5]) for first in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4
+    assert len({tuple(order[first : first + 5]) for first in range(0, 20, 5)}) > 1
+    seen = []
+    for epoch in (0, 1, 9):
+        batches = list(beside.epoch(epoch))
+        for before, after in zip(plain.epoch(epoch), batches, strict=True):
+            assert after.images.shape[0] == 5
+            assert torch.equal(after.images[:2], before.images)
+            assert after.targets.with_truth == after.targets.annotated == 2
+            assert after.targets.counts[:2] == before.targets.counts
+            seen += [Path(name).name for name in after.names[2:]]
+        resumed = list(beside.epoch(epoch, first_step=1))
+        assert all(same(a, b) for a, b in zip(resumed, batches[1:], strict=True))
+        for full, *parts in zip(whole.epoch(epoch), *(half.epoch(epoch) for half in halves), strict=True):
+            joined = [part.images[row] for row in (0, 1) for part in parts]
+            assert torch.equal(full.images, torch.stack(joined))
+    assert len(seen) == 3 * 3 * 3

@@ -19,11 +19,11 @@ def test_a_teacher_answers_at_all_stages_in_eval_without_gradient_and_stays_as_i
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     taught = Teacher(other)(*batch())
     assert taught.answers.stages == ("encoder", "initial", "layer0", "layer1")
-    assert taught.trace.states is not None
-    assert taught.trace.states.shape == (2, 2, 12, 16)
+    assert [state.shape for state in taught.trace.states] == [(2, 12, 16)] * 2
     assert taught.trace.embedded is not None
     assert taught.trace.embedded.shape == (2, 20, 16)
-    tensors = [taught.answers.logits, taught.answers.boxes, *taught.memory, *taught.trace.features, taught.trace.states]
+    tensors = [taught.answers.logits, taught.answers.boxes, *taught.memory, *taught.trace.features]
+    tensors += taught.trace.states
     assert not any(tensor.requires_grad for tensor in tensors)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
@@ -81,13 +81,13 @@ def test_adapters_stand_where_widths_differ_on_common_levels() -> None:
     student, teacher = detector(), detector(WIDE)
     assert not list(build_adapters((FeatureDistillation(weight=0.0),), student, teacher).parameters())
     forced = build_adapters((FeatureDistillation(adapter="conv", tap="backbone"),), student, student)
-    assert set(forced.convs) == {"backbone0", "backbone1"}
+    assert set(forced.layers) == {"backbone0", "backbone1"}
     with pytest.raises(ConfigError, match="without an adapter"):
         build_adapters((FeatureDistillation(adapter="none"),), student, teacher)
     coarse = replace(PLAIN, backbone=replace(PLAIN.backbone, stages=(0, 1)))
     with pytest.raises(ConfigError, match=r"no level in common: strides \(16, 32\) and \(4.0, 8.0\)"):
         build_adapters((FeatureDistillation(),), student, detector(coarse))
-    assert set(build_adapters((FeatureDistillation(adapter="conv"),), student, detector(coarse), 0.25).convs) == {
+    assert set(build_adapters((FeatureDistillation(adapter="conv"),), student, detector(coarse), 0.25).layers) == {
         "encoder0",
         "encoder1",
     }

@@ -237,7 +237,7 @@ def test_the_combined_mask_lies_between_its_floor_and_one(s: Supervision, taught
 def test_the_weight_of_cells_equals_the_sum_over_queries(s: Supervision, taught: Lesson) -> None:
     """Eq. 9 written out: Σ_n q_n / (M d H W) ‖ψ_n · ΔF‖², on one level and layer."""
     term = FeatureDistillation(mode="per_query", top=7, similarity="dot")
-    queries, quality = term._queries(s, taught, torch.tensor([0, 1]))
+    queries, quality = term._queries(s, taught, [0, 1])
     cells = term._cells(taught)
     assert s.output is not None
     total = torch.zeros(2)
@@ -255,12 +255,12 @@ def test_the_weight_of_cells_equals_the_sum_over_queries(s: Supervision, taught:
 def test_without_targets_quality_is_the_score(taught: Lesson) -> None:
     told = lesson(detector(seed=7), (0, 0))
     s = supervision(detector(), told, (0, 0))
-    _, quality = FeatureDistillation(top=9)._queries(s, told, torch.tensor([1]))
+    _, quality = FeatureDistillation(top=9)._queries(s, told, [1])
     torch.testing.assert_close(quality[0], told.answers.logits[-1].sigmoid().flatten(1).topk(9).values)
 
 
 def test_more_pairs_than_there_are_is_all_of_them(s: Supervision, taught: Lesson) -> None:
-    assert FeatureDistillation(top=1000)._queries(s, taught, torch.tensor([0]))[1].shape == (1, 2, 60)
+    assert FeatureDistillation(top=1000)._queries(s, taught, [0])[1].shape == (1, 2, 60)
 
 
 def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:
@@ -269,8 +269,8 @@ def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:
     term = FeatureDistillation()
     adapters = build_adapters((term,), student, teacher)
     assert {name: tuple(p.shape) for name, p in adapters.named_parameters() if "weight" in name} == {
-        "convs.encoder0.weight": (32, 16, 1, 1),
-        "convs.encoder1.weight": (32, 16, 1, 1),
+        "layers.encoder0.weight": (32, 16, 1, 1),
+        "layers.encoder1.weight": (32, 16, 1, 1),
     }
     told = replace(Teacher(teacher)(images, targets), adapt=adapters)
     term(judge(student(images, all_stages=True), targets, told)).sum().backward()
@@ -279,6 +279,21 @@ def test_widths_that_differ_are_adapted_and_the_adapter_learns() -> None:
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tap", ["encoder", "neck", "backbone"])
+def test_levels_that_only_one_has_are_passed_over(tap: Any) -> None:
+    """Student at strides 16 and 32, teacher at 8, 16 and 32, both with maps of the same width."""
+    levels = replace(TINY.decoder, points=(2, 2, 2))
+    finer = replace(TINY, backbone=replace(TINY.backbone, stages=(1, 2, 3)), decoder=levels)
+    student, taught = detector(), lesson(detector(finer, 7))
+    output = output_of(student)
+    assert output.trace is not None
+    mine = {"encoder": output.memory, "neck": output.trace.necks, "backbone": output.trace.features}[tap]
+    theirs = {"encoder": taught.memory, "neck": taught.trace.necks, "backbone": taught.trace.features}[tap]
+    wanted = sum(((a - b) ** 2).mean() for a, b in zip(mine, theirs[1:], strict=True))
+    found = FeatureDistillation(tap=tap, mode="none")(supervision(student, taught))
+    torch.testing.assert_close(found, torch.as_tensor(wanted).expand(2))
 
 
 def test_predictions_vanish_where_both_agree_and_without_any_score() -> None:

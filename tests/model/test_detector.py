@@ -92,14 +92,14 @@ def test_only_who_asks_for_all_stages_gets_the_trace() -> None:
     assert detector(images).trace is None
     trace = detector(images, all_stages=True).trace
     assert trace.shapes == ((4, 6), (2, 3))
-    assert trace.states.shape == (2, 1, 20, 32)
+    assert [state.shape for state in trace.states] == [(1, 20, 32)] * 2
     chosen = detector.selection.of_tokens(trace.embedded * 0 + 1, trace.shapes, trace.tokens)
     assert chosen.shape == (1, 20, 32)
     memory = torch.rand(1, 30, 32)
     queries = detector.selection(memory, trace.shapes)
     assert torch.equal(detector.selection.of_tokens(memory, trace.shapes, queries.tokens), queries.content)
     training = detector.train()(images).trace
-    assert training.states is None
+    assert [state.requires_grad for state in training.states] == [True] * 2
     assert training.embedded is None
 
 

@@ -32,6 +32,17 @@ def test_a_constant_target_gives_the_closed_form() -> None:
     torch.testing.assert_close(average.model[0].weight, left * start + (1 - left) * 2.0)  # type: ignore[index]
 
 
+def test_a_decay_of_zero_copies_and_one_near_one_keeps() -> None:
+    for decay, copies in ((0.0, True), (1 - 1e-9, False)):
+        model = nn.Linear(2, 2)
+        average = MovingAverage(model, decay, 0)
+        before = average.model.weight.clone()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        average.update()
+        torch.testing.assert_close(average.model.weight, model.weight if copies else before)
+
+
 def test_statistics_of_norms_are_averaged_and_counters_copied() -> None:
     student = model()
     average = MovingAverage(student, decay=0.5, warmup=0)

@@ -32,7 +32,6 @@ DFINE = ModelConfig(
     EncoderConfig(width=32, feedforward=32, expansion=0.34, depth=0.34, heads=4),
     DecoderConfig(width=32, feedforward=32, layers=2, heads=4, points=(3,), queries=12),
 )
-TEACHER = replace(DFINE, decoder=replace(DFINE.decoder, layers=3))
 
 
 def of_family(name: str, **decoder: Any) -> ModelConfig:
@@ -67,10 +66,10 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "dfine": ("", "deim", "detrdistill", "od-detr", "sd-detr", "deim detrdistill od-detr sd-detr"),
     "rtdetrv2": ("", "deim", "fdr", "detrdistill", "od-detr", "sd-detr", "deim fdr detrdistill od-detr sd-detr"),
     "deimv2": ("deim", "detrdistill", "od-detr", "sd-detr", "deim detrdistill od-detr sd-detr"),
-    "conditional": ("", "deim", "fdr", "sd-detr", "deim fdr sd-detr"),
-    "dab": ("", "deim", "fdr", "sd-detr", "deim fdr sd-detr"),
-    "deformable": ("", "deim", "fdr", "sd-detr", "deim fdr sd-detr"),
-    "dino": ("", "deim", "fdr", "sd-detr", "deim fdr sd-detr"),
+    "conditional": ("", "deim", "fdr", "detrdistill", "od-detr", "sd-detr", "deim fdr detrdistill od-detr sd-detr"),
+    "dab": ("", "deim", "fdr", "detrdistill", "od-detr", "sd-detr", "deim fdr detrdistill od-detr sd-detr"),
+    "deformable": ("", "deim", "fdr", "detrdistill", "od-detr", "sd-detr", "deim fdr detrdistill od-detr sd-detr"),
+    "dino": ("", "deim", "fdr", "detrdistill", "od-detr", "sd-detr", "deim fdr detrdistill od-detr sd-detr"),
 }
 """A host, and the papers on it, in the order of `--with`."""
 
@@ -92,6 +91,12 @@ def recipe_of(host: str, papers: str) -> Recipe:
     return build(HOSTS[host], base, tuple(name for name in names if name != "deim"), random_start=False)
 
 
+def teacher_of(student: ModelConfig) -> ModelConfig:
+    """A deeper detector: D-FINE's for the real-time family, the plain host for a classic one."""
+    host = student.whole if student.classic else DFINE
+    return replace(host, decoder=replace(host.decoder, layers=3, boxes="plain" if student.classic else "distributions"))
+
+
 def teachers_of(recipe: Recipe, student: Detector) -> Teachers | None:
     if not recipe.teachers:
         return None
@@ -99,7 +104,7 @@ def teachers_of(recipe: Recipe, student: Detector) -> Teachers | None:
     if "average" in recipe.teachers:
         teachers.average = Teacher(copy.deepcopy(student).requires_grad_(False))
     if "frozen" in recipe.teachers:
-        other = random_detector(TEACHER, seed=7).requires_grad_(False)
+        other = random_detector(teacher_of(recipe.model), seed=7).requires_grad_(False)
         teachers.frozen = Teacher(other)
         teachers.adapters = build_adapters(recipe.objective.terms, student, other)
     return teachers

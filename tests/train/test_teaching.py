@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import finedetr
 from finedetr.distill import teachers
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
-from finedetr.errors import Interrupted, UsageError
+from finedetr.errors import DataError, Interrupted, UsageError
 from finedetr.model.detector import Detector
 from finedetr.model.weights import load_weights
 from finedetr.recipes import PAPERS, build
@@ -146,12 +147,50 @@ def test_a_run_with_adapters_and_an_average_goes_on_exactly(
         ran(data, taught(*BOTH), tmp_path / "cut", teacher)
     monkeypatch.undo()
     saved = load_state(RunFolder(tmp_path / "cut").last)
-    assert set(saved["adapters"]) == {f"convs.encoder{n}.{part}" for n in (0, 1) for part in ("weight", "bias")}
+    assert set(saved["adapters"]) == {f"layers.encoder{n}.{part}" for n in (0, 1) for part in ("weight", "bias")}
     assert not any("conv_" in name or "adapter" in name for name in saved["model"])
     resume(tmp_path / "cut", device="cpu", quiet=True)
     assert losses(RunFolder(tmp_path / "cut")) == losses(whole)
     one, two = tensors(whole.last_weights), tensors(RunFolder(tmp_path / "cut").last_weights)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_pictures_without_labels_take_part_and_a_run_with_them_goes_on_exactly(
+    data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Python: --teacher and --unlabelled, a run in one piece and a run that is interrupted after three steps."""
+    more = draw(tmp_path / "more", train=5, val=1) / "train"
+    recipe = replace(taught(*BOTH), teaching=replace(taught().teaching, unlabelled=0.75, start=0.0, ramp=0.0))
+    asked = {"recipe": recipe, "teacher": teacher, "unlabelled": more, "device": "cpu", "quiet": True}
+    whole = RunFolder(finedetr.train(data, out=tmp_path / "whole", **asked).folder)  # type: ignore[arg-type]
+    assert "5 pictures in" in whole.log.read_text()
+    assert "3 beside each batch of 4" in whole.log.read_text()
+    assert losses(whole)[0].keys() >= FROZEN | AVERAGE
+    alone = losses(ran(data, replace(recipe, epochs=1), tmp_path / "alone", teacher))
+    assert losses(whole)[0]["matching/layer1/LogitsDistillation"] != alone[0]["matching/layer1/LogitsDistillation"]
+    real = loop.Run._tell
+
+    def tell(self: loop.Run, *args: Any) -> None:
+        real(self, *args)
+        if self.progress.total == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Run, "_tell", tell)
+    with pytest.raises(Interrupted):
+        finedetr.train(data, out=tmp_path / "cut", **asked)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    finedetr.resume(tmp_path / "cut", device="cpu", quiet=True)
+    assert losses(RunFolder(tmp_path / "cut")) == losses(whole)
+
+
+def test_pictures_without_labels_need_a_teacher_and_a_folder(data: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no teacher says anything about them"):
+        Request(data, taught(), tmp_path / "a", unlabelled=tmp_path)
+    Request(data, taught("od-detr"), tmp_path / "a", unlabelled=tmp_path)
+    for folder, what in ((tmp_path, "holds no pictures"), (tmp_path / "none", "no folder of pictures")):
+        request = Request(data, taught("detrdistill"), tmp_path / "a", teacher=teacher, unlabelled=folder, quiet=True)
+        with pytest.raises(DataError, match=what):
+            begin(request)
 
 
 def test_a_teacher_of_other_classes_is_matched_by_name(data: Path, tmp_path: Path) -> None:

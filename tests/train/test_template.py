@@ -148,7 +148,7 @@ def test_what_cannot_go_together_is_refused(
 
 def test_one_kind_of_weights_takes_the_place_of_the_other(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"recipe": {}, "backbone_weights": "b0.pth", "teacher": "big"}')
-    template = read_template(tmp_path)
-    assert template.files() == {"weights": None, "backbone_weights": Path("b0.pth"), "teacher": Path("big")}
+    template, none = read_template(tmp_path), {"weights": None, "unlabelled": None}
+    assert template.files() == {**none, "backbone_weights": Path("b0.pth"), "teacher": Path("big")}
     assert template.files(["weights"])["backbone_weights"] is None
-    assert template.files(["teacher"]) == {"weights": None, "backbone_weights": Path("b0.pth"), "teacher": None}
+    assert template.files(["teacher"]) == {**none, "backbone_weights": Path("b0.pth"), "teacher": None}

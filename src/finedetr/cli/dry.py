@@ -15,7 +15,7 @@ from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, balance_line, open_data
+from finedetr.train.session import Request, balance_line, open_data, unlabelled_line
 
 __all__ = ["describe", "expected_memory"]
 
@@ -30,14 +30,15 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         base: The recipe before its flags: tells where a value comes from.
         made: The recipe before --config, too.
     """
-    data = open_data(request.data, request.train_split, request.val_split, request.layout)
+    data = open_data(request.data, request.train_split, request.val_split, request.layout, request.unlabelled)
     pictures = len(data.train)
     recipe = request.recipe.resolve(pictures)
     batch = recipe.batch or 1
     drawn = int(repeat_factors(data.train, recipe.balance).sum())  # pictures of an epoch
     plan = Plan(recipe, recipe.epochs, max(drawn // batch, 1))
     windows = plan.windows
-    memory = expected_memory(recipe, len(data.train.categories))
+    beside = recipe.teaching.beside(batch) if data.unlabelled else 0
+    memory = expected_memory(recipe, len(data.train.categories), beside)
     if request.teacher:  # its weights; what its forward pass needs is free again before the student's
         with torch.device("meta"):
             card = read_card(request.teacher)
@@ -62,6 +63,9 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "average_decay": plan.decay,
         "memory_bytes": memory,
         "teacher": str(request.teacher) if request.teacher else None,
+        "unlabelled": {"folder": str(request.unlabelled), "pictures": len(data.unlabelled), "in_a_batch": beside}
+        if data.unlabelled
+        else None,
         "out": str(request.out),
     }
     parts = [name for name in ("mosaic", "mixup") if getattr(recipe.augmentation, name)]
@@ -79,6 +83,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         *_price_line(cost),
         f"average    decay {plan.decay:.6g}",
         *([f"teacher    {request.teacher}"] if request.teacher else []),
+        *([unlabelled_line(recipe, data)] if data.unlabelled else []),
         request.recipe.why_batch(recipe, pictures),
         request.recipe.why_rate(recipe),
         f"memory     about {memory / 2**30:.1f} GiB for one process with the whole batch",
@@ -110,12 +115,13 @@ def _price_line(found: dict[str, list[float]] | None) -> list[str]:
     ]
 
 
-def expected_memory(recipe: Recipe, classes: int) -> int:
+def expected_memory(recipe: Recipe, classes: int, beside: int = 0) -> int:
     """Bytes of one training process: weights, gradients, moments, average, and what the backward pass keeps.
 
     The forward pass runs on torch's meta device, where tensors have shapes but no numbers; what autograd would save is
     added up for one picture and multiplied by the pictures of a part of the batch. Denoising queries, losses and
     workspaces add about a third (measured on the CPU, D-FINE-N at 256 and S at 320: 0.87 and 1.09 GiB, within 3 %).
+    `beside` pictures without labels stand beside each batch.
     """
     with torch.device("meta"):
         detector = Detector(recipe.model, classes).train()
@@ -138,7 +144,7 @@ def expected_memory(recipe: Recipe, classes: int) -> int:
     parameters = sum(p.numel() for p in detector.parameters())
     multi_scale = 1.25**2 if recipe.augmentation.multi_scale_repeat else 1.0
     half = 0.6 if recipe.precision in ("bf16", "fp16") else 1.0
-    part = (recipe.batch or 1) / recipe.accumulate
+    part = ((recipe.batch or 1) + beside) / recipe.accumulate
     return round(parameters * 4 * 5 + ROOM * sum(kept.values()) * part * multi_scale * half)
 
 

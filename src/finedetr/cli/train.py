@@ -45,6 +45,9 @@ class Train:
     """Start the backbone alone from its official file (PPHGNetV2_B0_stage1.pth, ResNet18_vd_..., see models show)."""
     teacher: Path | None = None
     """Learn from this detector, too (a run, a weight file, a folder of transformers or a published name)."""
+    unlabelled: Path | None = None
+    """Folder of further pictures without labels, about which the teacher alone speaks (--teacher or --with od-detr).
+    --teaching.unlabelled says how many of them stand beside each picture of the data set."""
     out: Path | None = None
     """Folder of the run. Unset: runs/DATA-MODEL."""
     resume: Path | None = None
@@ -87,6 +90,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         weights=find_weights(flags.weights) if flags.weights else None,
         backbone_weights=flags.backbone_weights,
         teacher=find_weights(flags.teacher) if flags.teacher else None,
+        unlabelled=flags.unlabelled,
         train_split=flags.train_split,
         val_split=flags.val_split,
         layout=flags.layout,
@@ -118,6 +122,7 @@ def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
         "recipe",
         "with",
         "teacher",
+        "unlabelled",
         "out",
         "layout",
         "train-split",

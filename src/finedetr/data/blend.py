@@ -38,6 +38,7 @@ def plan_pastes(
 
     Each picture gets up to `copy_blend_objects` different objects of the whole batch, its own included, at random
     places inside it. The new box is the object's; the pasted rectangle is larger where both pictures have room.
+    Pictures without truth get none.
 
     Args:
         targets: Of the batch, on the CPU.
@@ -52,7 +53,8 @@ def plan_pastes(
     source, pastes = targets.image.numpy(), []
     rows, boxes, counts = [], [], []
     for image, (start, count) in enumerate(zip(targets.starts, targets.counts, strict=True)):
-        chosen = rng.choice(pool, min(augmentation.copy_blend_objects, len(pool)), replace=False)
+        room = augmentation.copy_blend_objects if image < targets.with_truth else 0
+        chosen = rng.choice(pool, min(room, len(pool)), replace=False)
         rows += [*range(start, start + count), *(int(row) for row in chosen)]
         boxes.append(targets.boxes[start : start + count])
         counts.append(count + len(chosen))
@@ -74,7 +76,8 @@ def plan_pastes(
             )
     image_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
     joined = torch.cat(boxes).to(targets.boxes.dtype) if boxes else targets.boxes
-    return pastes, Targets(targets.labels[torch.tensor(rows, dtype=torch.long)], joined, image_of, tuple(counts))
+    labels = targets.labels[torch.tensor(rows, dtype=torch.long)]
+    return pastes, Targets(labels, joined, image_of, tuple(counts), targets.annotated)
 
 
 def _pixels(boxes: NDArray[np.float32], height: int, width: int) -> NDArray[np.int64]:

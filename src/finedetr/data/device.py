@@ -94,19 +94,26 @@ def _channels(images: Tensor, values: tuple[float, ...]) -> Float[Tensor, "1 3 1
 def mix(images: Float[Tensor, "B 3 H W"], targets: Targets, share: float) -> tuple[Float[Tensor, "B 3 H W"], Targets]:
     """MixUp as DEIM has it: each picture is blended with the one before it, and has the boxes of both, all in full.
 
-    `share` is the weight of the picture itself; the first of the batch is blended with the last.
+    `share` is the weight of the picture itself; the first of the batch is blended with the last. Pictures without truth
+    are blended with one another.
     """
-    images = images * share + images.roll(1, 0) * (1 - share)
-    starts, counts = targets.starts, targets.counts
+    starts, counts, known = targets.starts, targets.counts, targets.with_truth
+    rest = len(counts) - known
+    before = [*((i - 1) % known for i in range(known)), *(known + (i - 1) % rest for i in range(rest))]
+    images = images * share + images[before] * (1 - share)
     rows: list[int] = []
     for picture in range(len(counts)):
-        for source in (picture, (picture - 1) % len(counts)):
+        for source in (picture, before[picture]):
             rows.extend(range(starts[source], starts[source] + counts[source]))
-    joined = tuple(count + counts[i - 1] for i, count in enumerate(counts))
+    joined = tuple(count + counts[other] for count, other in zip(counts, before, strict=True))
     row = torch.tensor(rows, dtype=torch.long).to(targets.boxes.device, non_blocking=True)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(joined, dtype=torch.long))
     return images, Targets(
-        targets.labels[row], targets.boxes[row], image.to(targets.boxes.device, non_blocking=True), joined
+        targets.labels[row],
+        targets.boxes[row],
+        image.to(targets.boxes.device, non_blocking=True),
+        joined,
+        targets.annotated,
     )
 
 

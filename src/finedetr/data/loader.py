@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from finedetr.records import Batch, Targets
 __all__ = ["EvaluationLoader", "TrainingLoader"]
 
 log = logging.getLogger("finedetr.data")
-ORDER, SAMPLE = 0, 1  # separate streams of random numbers
+ORDER, SAMPLE, BESIDE = 0, 1, 4  # separate streams of random numbers; others have 2 and 3
 REPLACEMENTS = 20  # how many broken pictures in a row one place of a batch puts up with
 
 
@@ -43,13 +44,14 @@ class Parcel:
     counts: tuple[int, ...]
     indices: tuple[int, ...]
     broken: tuple[tuple[str, str], ...] = ()  # (file, message) of pictures that were replaced or left out
+    annotated: int | None = None  # so many pictures have a truth; None: all
 
-    def batch(self, dataset: Dataset) -> Batch:
+    def batch(self, files: Sequence[str]) -> Batch:
         """The record that the training sees."""
         counts = self.counts
         image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
-        targets = Targets(torch.from_numpy(self.labels), torch.from_numpy(self.boxes), image, counts)
-        return Batch(self.images, targets, tuple(dataset.files[i] for i in self.indices))
+        targets = Targets(torch.from_numpy(self.labels), torch.from_numpy(self.boxes), image, counts, self.annotated)
+        return Batch(self.images, targets, tuple(files[i] for i in self.indices))
 
 
 def pack(
@@ -85,12 +87,16 @@ class TrainingPictures(TorchDataset[Parcel]):
         rank: int,
         world: int,
         balance: float,
+        others: Dataset | None,
+        beside: int,
     ) -> None:
+        self.others, self.beside = others, beside if others else 0
         self.dataset, self.augmentation, self.windows, self.size = dataset, augmentation, windows, size
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.factors = repeat_factors(dataset, balance) if balance > 0 else None
         self.scratch = Scratch()
         self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
+        self.round: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
 
     @property
     def length(self) -> int:
@@ -117,34 +123,53 @@ class TrainingPictures(TorchDataset[Parcel]):
             self.latest = (epoch, np.concatenate(drawn))
         return self.latest[1]
 
+    def other(self, place: int) -> int:
+        """Which picture without truth stands at a place of the whole run: all of them in turn, in ever new orders."""
+        assert self.others is not None
+        turn, position = divmod(place, len(self.others))
+        if self.round[0] != turn:
+            rng = np.random.default_rng((self.seed, turn, BESIDE))
+            self.round = (turn, rng.permutation(len(self.others)))
+        return int(self.round[1][position])
+
     def __getitem__(self, key: tuple[int, int]) -> Parcel:
         epoch, step = key
         first = (step * self.world + self.rank) * self.batch
-        images = torch.empty((self.batch, *self.size, 3), dtype=torch.uint8)
+        images = torch.empty((self.batch + self.beside, *self.size, 3), dtype=torch.uint8)
         truths: list[Truth] = []
         indices: list[int] = []
         broken: list[tuple[str, str]] = []
         for offset, index in enumerate(self.order(epoch)[first : first + self.batch]):
             rng = np.random.default_rng((self.seed, epoch, SAMPLE, first + offset))
-            truth, used = self.sample(rng, epoch, int(index), images[offset], broken)
+            truth, used = self.sample(rng, self.dataset, epoch, int(index), images[offset], broken)
             truths.append(truth)
             indices.append(used)
-        return pack(images, truths, indices, broken)
+        if self.others is None:
+            return pack(images, truths, indices, broken)
+        for offset in range(self.beside):
+            position = self.rank * self.beside + offset
+            index = self.other((epoch * self.steps + step) * self.world * self.beside + position)
+            rng = np.random.default_rng((self.seed, epoch, step, position, BESIDE))
+            truth, used = self.sample(rng, self.others, epoch, index, images[self.batch + offset], broken)
+            truths.append(truth)
+            indices.append(len(self.dataset) + used)
+        return replace(pack(images, truths, indices, broken), annotated=self.batch)
 
     def sample(
         self,
         rng: np.random.Generator,
+        data: Dataset,
         epoch: int,
         index: int,
         out: UInt8[Tensor, "H W 3"],
         broken: list[tuple[str, str]],
     ) -> tuple[Truth, int]:
         """Draws one picture into `out`; another one in its place where a file cannot be read."""
-        data, active = self.dataset, self.windows.kind(epoch)
+        active = self.windows.kind(epoch)
         for _ in range(REPLACEMENTS):
             plan = plan_sample(rng, data, index, self.augmentation, active, self.size)
             try:
-                draw(plan, self.load, out, self.scratch)
+                draw(plan, partial(self.load, data), out, self.scratch)
             except DataError as error:
                 broken.append((error.message.partition(": ")[0], error.message))
                 index = int(rng.integers(len(data)))
@@ -154,10 +179,10 @@ class TrainingPictures(TorchDataset[Parcel]):
             f"{REPLACEMENTS} pictures in a row cannot be read, the last: {broken[-1][1]}", code="corrupt_image"
         )
 
-    def load(self, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
+    def load(self, data: Dataset, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
         """Pixels of a picture."""
-        width, height = self.dataset.sizes[index]
-        return load(self.dataset.files[index], reduce, (int(width), int(height)), self.scratch.encoded)
+        width, height = data.sizes[index]
+        return load(data.files[index], reduce, (int(width), int(height)), self.scratch.encoded)
 
 
 class Keys(Sampler[Any]):
@@ -261,10 +286,14 @@ class TrainingLoader:
         rank: int = 0,
         world: int = 1,
         balance: float = 0.0,
+        others: Dataset | None = None,
+        beside: int = 0,
     ) -> None:
         """Batches of `batch` pictures for each process, of `size` (H, W).
 
-        `balance` is the threshold of `repeat_factors`; 0 has each picture once in an epoch.
+        `balance` is the threshold of `repeat_factors`; 0 has each picture once in an epoch. `beside` pictures of
+        `others`, of which nobody knows the truth, follow in each batch; they change neither the rest of it nor the
+        length of an epoch.
 
         Raises:
             ConfigError: A batch, size, seed or rank that cannot be.
@@ -276,8 +305,19 @@ class TrainingLoader:
             )
         self.dataset = dataset
         self.pictures = TrainingPictures(
-            dataset, augmentation, windows, (int(size[0]), int(size[1])), batch, seed, rank, world, balance
+            dataset,
+            augmentation,
+            windows,
+            (int(size[0]), int(size[1])),
+            batch,
+            seed,
+            rank,
+            world,
+            balance,
+            others,
+            beside,
         )
+        self.files = dataset.files + (others.files if others else ())
         self.workers = Workers(self.pictures, workers)
         self.length, self.steps = self.pictures.length, self.pictures.steps
 
@@ -289,7 +329,7 @@ class TrainingLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on (images uint8 [B, 3, H, W], channels last in memory)."""
         for parcel in self.workers.run([(epoch, step) for step in range(first_step, self.steps)]):
-            yield parcel.batch(self.dataset)
+            yield parcel.batch(self.files)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -361,7 +401,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Batch, tuple[int, ...]]]:
         for parcel in self.workers.run(list(self.keys)):
             if parcel.indices:
-                yield parcel.batch(self.dataset), parcel.indices
+                yield parcel.batch(self.dataset.files), parcel.indices
 
     def close(self) -> None:
         """Ends the workers."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finedetr.distill.stages import source_stages
-from finedetr.distill.tokens import carry, slots_of
+from finedetr.distill.tokens import same_queries
 from finedetr.geometry import iou
 from finedetr.records import Assignment, Guidance, Lesson, Match, Output, Prediction, Targets, Trace, Who
 from finedetr.supervise.matching import (
@@ -34,8 +34,8 @@ class TeacherVotes(MatchingPolicy):
     """What a teacher matches counts beside the student's own matching (OD-DETR, matching distillation).
 
     For labels a query may so have a second target (`Match.second`). Where boxes go by the union of all stages, the
-    teacher's stages are voters, too. A query is the same in both where it comes from the same cell; if the student has
-    no query of the teacher's cell, its query nearest to the teacher's box stands in.
+    teacher's stages are voters, too. A query is the same in both where it comes from the same cell, or has the same
+    place among learned queries; if the student has no such query, its query nearest to the teacher's box stands in.
     """
 
     base: MatchingPolicy = field(default_factory=UnionOfStages)
@@ -103,8 +103,7 @@ class _Informed(MatchingPolicy):
         stages = source_stages(prediction.stages, lesson.answers.stages)
         if self.votes.stage == "last":
             stages = (len(lesson.answers.stages) - 1,) * len(stages)
-        tokens = carry(lesson.trace.tokens, lesson.trace.shapes, self.trace.shapes)
-        slots = slots_of(tokens, self.trace.tokens)
+        slots = same_queries(lesson, self.trace)
         rows = []
         for own, theirs in enumerate(stages):
             image, query, target = _of_stage(lesson.match, theirs)

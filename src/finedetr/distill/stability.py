@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finedetr.distill.stages import layer_stages
-from finedetr.distill.tokens import carry
+from finedetr.distill.tokens import known_as
 from finedetr.records import Lesson, Trace
 
 __all__ = ["Matched", "agreement", "hits", "instability", "matched_by"]
@@ -14,15 +14,24 @@ __all__ = ["Matched", "agreement", "hits", "instability", "matched_by"]
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """One picture: which target the query of each cell answers for, and from which cells there are queries at all."""
+    """One picture: which target the query of each cell answers for, and from which cells there are queries at all.
+
+    Where queries are learned, their places stand for cells.
+    """
 
     targets: Mapping[int, int]  # cell -> place of the target in its picture
     cells: frozenset[int]
 
 
-def matched_by(lesson: Lesson, own: Trace) -> list[Matched]:
-    """The last stage's matching of a detector, picture by picture, by cells of the student's pyramid."""
-    tokens = carry(lesson.trace.tokens, lesson.trace.shapes, own.shapes).tolist()
+def matched_by(lesson: Lesson, own: Trace) -> list[Matched] | None:
+    """The last stage's matching of a detector, picture by picture, by cells of the student's pyramid.
+
+    None where nothing tells which of the student's queries its queries are.
+    """
+    known = known_as(lesson, own)
+    if known is None:
+        return None
+    tokens = known.tolist()
     pairs, last = lesson.match, layer_stages(lesson.answers.stages)[-1]
     found: list[dict[int, int]] = [{} for _ in tokens]
     at = pairs.stage == last

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finedetr.distill.stages import layer_stages
-from finedetr.distill.tokens import carry, slots_of
+from finedetr.distill.tokens import same_queries
 from finedetr.geometry import iou_giou
 from finedetr.records import Assignment, Lesson, Supervision
 
@@ -60,14 +60,12 @@ class TeacherCost:
 
 @torch.no_grad()
 def pair_by_token(s: Supervision, lesson: Lesson, links: Links, top: int) -> Pairs:
-    """The teacher's best queries and those of the student that come from the same cells; nothing is assigned."""
+    """The teacher's best queries and those of the student that are the same ones; nothing is assigned."""
     assert s.output is not None
     assert s.output.trace is not None
-    trace = s.output.trace
     layers = layer_stages(lesson.answers.stages)
-    tokens = carry(lesson.trace.tokens, lesson.trace.shapes, trace.shapes)
-    slots = slots_of(tokens, trace.tokens)
-    stages = torch.tensor([layers[layer] for _, layer in links], device=tokens.device)
+    slots = same_queries(lesson, s.output.trace)
+    stages = torch.tensor([layers[layer] for _, layer in links], device=slots.device)
     best = _best(lesson, top)[stages]
     student = slots.expand(len(links), -1, -1).gather(2, best)
     link, image = _places(best)

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finedetr.data.device import denormalize, normalize
-from finedetr.distill.terms import FeatureDistillation
+from finedetr.distill.queries import TeacherSource
+from finedetr.distill.terms import (
+    ContrastiveDistillation,
+    EncoderDistillation,
+    FeatureDistillation,
+    LogitsDistillation,
+)
 from finedetr.errors import ConfigError, DataError
+from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.records import Guidance, Lesson, Prediction, Targets
 from finedetr.supervise.matching import MatchingPolicy, PerStage
@@ -69,6 +76,7 @@ class Teacher:
         given: (mean, std) by which the student's pictures are normalized; None: not at all.
         wanted: Those by which the teacher's were.
         policy: Matches its answers to the targets.
+        itself: It is the student or its average.
     """
 
     def __init__(
@@ -80,11 +88,12 @@ class Teacher:
         given: Normalization | None = None,
         wanted: Normalization | None = None,
         policy: MatchingPolicy | None = None,
+        itself: bool = False,
     ) -> None:
         assert isinstance(detector, Detector)
         self.detector = detector.eval()
         self.classes, self.scale, self.given, self.wanted = classes, scale, given, wanted
-        self.policy = policy or PerStage()
+        self.policy, self.itself = policy or PerStage(), itself
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Targets, strength: float = 1.0) -> Lesson:
@@ -94,7 +103,10 @@ class Teacher:
         if self.classes is not None:
             known = self.classes.known.to(images.device)
         match = self.policy(answers, targets).labels
-        return Lesson(answers, output.trace, output.memory, match, known, strength)
+        trace, score = output.trace, output.trace.score
+        if score is not None:
+            trace = replace(trace, score=lambda tokens: self._classes(score(tokens)))
+        return Lesson(answers, trace, output.memory, match, known, strength, itself=self.itself)
 
     def _view(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         """The pictures as the teacher was trained to see them."""
@@ -108,46 +120,121 @@ class Teacher:
 
     def _answers(self, said: Prediction) -> Prediction:
         """In fp32, in the student's classes; -inf for those of which the teacher knows nothing."""
-        logits = said.logits.float()
-        if self.classes is not None:
-            known = self.classes.known.to(logits.device)
-            logits = logits[..., self.classes.columns.to(logits.device)].masked_fill(~known, -torch.inf)
-        return replace(said, logits=logits, boxes=said.boxes.float())
+        return replace(said, logits=self._classes(said.logits.float()), boxes=said.boxes.float())
+
+    def _classes(self, logits: Float[Tensor, "*N D"]) -> Float[Tensor, "*N C"]:
+        if self.classes is None:
+            return logits
+        known = self.classes.known.to(logits.device)
+        return logits[..., self.classes.columns.to(logits.device)].masked_fill(~known, -torch.inf)
 
 
 _NONE = (None, None)
 
 
 class Adapters(nn.Module):
-    """1×1 convolutions that bring the student's maps to the teacher's width: trained along, part of no detector."""
+    """What fits widths to one another: trained along, part of no detector.
 
-    def __init__(self, widths: dict[tuple[str, int], tuple[int, int]]) -> None:
+    1×1 convolutions bring the student's maps to the teacher's width, linear layers what a teacher's queries start with
+    to the student's. The projections of `ContrastiveDistillation` stand here, too.
+    """
+
+    def __init__(
+        self,
+        maps: dict[tuple[str, int], tuple[int, int]],
+        queries: dict[str, tuple[int, int]] | None = None,
+        contrast: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.convs = nn.ModuleDict(
-            {f"{tap}{level}": nn.Conv2d(here, there, 1) for (tap, level), (here, there) in widths.items()}
+        self.layers = nn.ModuleDict(
+            {f"{tap}{level}": nn.Conv2d(here, there, 1) for (tap, level), (here, there) in maps.items()}
         )
+        for name, (here, there) in (queries or {}).items():
+            self.layers[f"{name}0"] = nn.Linear(here, there)
+        if contrast is not None:
+            for name, width in zip(("contrast0", "contrasted0"), contrast, strict=True):
+                self.layers[name] = nn.Sequential(
+                    nn.Linear(width, 512), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512)
+                )
 
-    def forward(self, tap: str, level: int, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H W"]:
-        """A map as the teacher's; the same where it needs no adapter."""
+    def forward(self, tap: str, level: int, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """A map as the teacher's, or vectors of its queries as the student's; the same where they need no adapter."""
         name = f"{tap}{level}"
-        return self.convs[name](x) if name in self.convs else x
+        return self.layers[name](x) if name in self.layers else x
 
 
-def build_adapters(terms: Sequence[object], student: Detector, teacher: Detector, scale: float = 1.0) -> Adapters:
-    """What the feature terms of an objective need; empty where nothing is to adapt.
+def build_adapters(
+    terms: Sequence[object],
+    student: Detector,
+    teacher: Detector,
+    scale: float = 1.0,
+    sources: Sequence[object] = (),
+) -> Adapters:
+    """What the feature terms of an objective and the groups of queries need; empty where nothing is to adapt.
 
     Raises:
-        ConfigError: Widths differ where a term forbids adapters, or the two have no level in common.
+        ConfigError: Widths differ where a term forbids adapters, the two have no level in common, or the student can
+            make no queries of the teacher's.
     """
+    check_identity(terms, student.config, teacher.config)
+    borrowed = {
+        name
+        for source in sources
+        if isinstance(source, TeacherSource) and source.weight and source.teacher == "frozen"
+        for name in source.borrows(student.config, teacher.config)
+    }
+    there, here = teacher.config.decoder.width, student.config.decoder.width
+    contrast = any(isinstance(term, ContrastiveDistillation) and term.weight for term in terms)
+    return Adapters(
+        _map_widths(terms, student, teacher, scale),
+        {name: (there, here) for name in sorted(borrowed) if here != there},
+        (here, there) if contrast else None,
+    )
+
+
+def check_identity(terms: Sequence[object], student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuses to pair queries or scores of two detectors by cells where one of them has none.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    for term in terms:
+        if not isinstance(term, LogitsDistillation | EncoderDistillation) or not term.weight:
+            continue
+        without = [model.name for model in (student, teacher) if model.decoder.source not in ("tokens", "mixed")]
+        if isinstance(term, EncoderDistillation):
+            if without:
+                raise ConfigError(
+                    f"EncoderDistillation: the encoder of {' and '.join(without)} scores no classes",
+                    code="conflict",
+                    hint="Leave it away; DINO and the real-time families have such encoders.",
+                )
+            continue
+        if term.teacher != "frozen":
+            continue
+        learned = [model.name for model in (student, teacher) if not model.decoder.selects]
+        if term.pairing == "token" and learned:
+            raise ConfigError(
+                f"pairing by token: queries of {' and '.join(learned)} are learned and come from no cell",
+                code="conflict",
+                hint="Use --objective.LogitsDistillation.pairing joint, split or common.",
+            )
+
+
+def _map_widths(
+    terms: Sequence[object], student: Detector, teacher: Detector, scale: float
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """The widths of the student's and the teacher's maps, by tap and level, where they need an adapter."""
     widths: dict[tuple[str, int], tuple[int, int]] = {}
     for term in terms:
         if not isinstance(term, FeatureDistillation) or not term.weight or term.teacher != "frozen":
             continue
-        theirs = {stride / scale: level for level, stride in enumerate(teacher.config.strides)}
-        both = [(here, theirs[stride]) for here, stride in enumerate(student.config.strides) if stride in theirs]
+        theirs = {stride / scale: level for level, stride in enumerate(_strides(teacher, term.tap))}
+        own = _strides(student, term.tap)
+        both = [(here, theirs[stride]) for here, stride in enumerate(own) if stride in theirs]
         if not both:
             raise ConfigError(
-                f"student and teacher have no level in common: strides {student.config.strides} and "
+                f"student and teacher have no level in common: strides {own} and "
                 f"{tuple(theirs)} of the student's pictures",
                 hint="Use --objective.FeatureDistillation.weight 0, or another --teaching.scale.",
             )
@@ -157,11 +244,17 @@ def build_adapters(terms: Sequence[object], student: Detector, teacher: Detector
                 raise ConfigError(f"maps of {narrow} and {wide} channels cannot be compared without an adapter")
             if narrow != wide or term.adapter == "conv":
                 widths[term.tap, here] = (narrow, wide)
-    return Adapters(widths)
+    return widths
+
+
+def _strides(detector: Detector, tap: str) -> tuple[int, ...]:
+    """Of the levels that a tap has; an encoder may make more levels than it is given."""
+    levels = {"backbone": len(detector.backbone.channels), "neck": len(detector.encoder.input_proj)}
+    return detector.config.strides[: levels.get(tap)]
 
 
 def _width(detector: Detector, tap: str, level: int) -> int:
-    return detector.config.encoder.width if tap == "encoder" else int(detector.backbone.channels[level])
+    return int(detector.backbone.channels[level]) if tap == "backbone" else detector.config.encoder.width
 
 
 @dataclass

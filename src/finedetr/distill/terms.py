@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,17 +14,27 @@ from torch.nn import functional as F
 from finedetr.distill.edges import edge_divergence
 from finedetr.distill.stages import Grouping, layer_stages, links
 from finedetr.distill.targets import Pairing, TeacherCost, pair_by_cost, pair_by_token
+from finedetr.distill.tokens import shared_cells, slots_of
 from finedetr.geometry import giou, iou
-from finedetr.records import Lesson, Supervision, Who
+from finedetr.records import Lesson, Supervision, Trace, Who
 from finedetr.supervise.terms import Term, over_processes
 
-__all__ = ["FeatureDistillation", "LogitsDistillation", "PredictionDistillation", "SecondBox", "TeacherTerm"]
+__all__ = [
+    "ContrastiveDistillation",
+    "EncoderDistillation",
+    "FeatureDistillation",
+    "LogitsDistillation",
+    "PredictionDistillation",
+    "SecondBox",
+    "TeacherTerm",
+]
 
 
 @dataclass(frozen=True)
 class TeacherTerm(Term, ABC):
     """A term that compares the detector's own queries with a teacher's, layer by layer."""
 
+    needs_truth: ClassVar[bool] = False
     teacher: Who = "frozen"
     stages: Grouping = "group"
 
@@ -52,7 +62,8 @@ class LogitsDistillation(TeacherTerm):
     `negative_labels=False` and `normalizer="pairs"` the paper's; the defaults match only what says something.
 
     Attributes:
-        pairing: How queries find each other; see `pair_by_cost`. `token`: by the cell they come from, unassigned.
+        pairing: How queries find each other; see `pair_by_cost`. `token`: by the cell they come from (or their place,
+            if they are the student's own and learned), unassigned.
         top: The teacher's best so many queries; 0: all.
         label, l1, giou, edges: Weights of the parts of a pair.
         temperature: Of the edges' distributions.
@@ -129,6 +140,7 @@ class PredictionDistillation(Term):
     of the edges; each query counts as much as the teacher's score.
     """
 
+    needs_truth: ClassVar[bool] = False
     weight: float = 1.0
     label: float = 1.0
     l1: float = 5.0
@@ -196,11 +208,12 @@ class FeatureDistillation(TeacherTerm):
     the score of the teacher's best (query, class) pairs times the IoU of their box with the truth.
 
     Attributes:
-        tap: Maps of the encoder, or of the backbone.
+        tap: Maps of the encoder, of the backbone, or of the neck between them, which has the encoder's width.
         mode: `combined`: one mask of all queries (the released code); `per_query`: Σ q_n/M ‖ψ_n · ΔF‖² (eq. 9);
             `none`: no mask (FitNet).
         similarity: Of a query and a cell: the cosine, or the dot product (eq. 7).
-        space: What of a cell is compared with queries: as the decoder's queries are made of it, or the map itself.
+        space: What of a cell is compared with queries: as the decoder's queries are made of it (where queries are
+            learned, as the decoder sees it), or the map itself that is compared.
         top: The teacher's best so many (query, class) pairs.
         gamma: `per_query` only: q = score^γ · IoU^(1-γ).
         floor: The smallest value of the mask before it is divided.
@@ -208,7 +221,7 @@ class FeatureDistillation(TeacherTerm):
         adapter: φ is a 1×1 convolution where the widths differ (`auto`), always, or never.
     """
 
-    tap: Literal["encoder", "backbone"] = "encoder"
+    tap: Literal["encoder", "neck", "backbone"] = "encoder"
     mode: Literal["combined", "per_query", "none"] = "combined"
     similarity: Literal["cos", "dot"] = "cos"
     space: Literal["queries", "map"] = "queries"
@@ -223,7 +236,7 @@ class FeatureDistillation(TeacherTerm):
         lesson = self.lesson(s)
         if lesson is None or s.output is None or s.output.trace is None:
             return range(0)
-        return super().covers(s) if common_levels(s.output.trace.shapes, lesson.trace.shapes) else range(0)
+        return super().covers(s) if self._levels(s.output.trace, lesson.trace) else range(0)
 
     def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
         """One value for each layer of the student: that of all layers of the teacher that belong to it."""
@@ -232,12 +245,11 @@ class FeatureDistillation(TeacherTerm):
         assert output is not None
         assert output.trace is not None
         linked = self.links(s, lesson)
-        mine = output.memory if self.tap == "encoder" else output.trace.features
-        theirs = lesson.memory if self.tap == "encoder" else lesson.trace.features
+        mine, theirs = self._maps(output.memory, output.trace), self._maps(lesson.memory, lesson.trace)
         masks = None if self.mode == "none" else self._masks(s, lesson, linked)
         starts = _starts(lesson.trace.shapes)
         values = []
-        for here, there in common_levels(output.trace.shapes, lesson.trace.shapes):
+        for here, there in self._levels(output.trace, lesson.trace):
             student = mine[here].float()
             if lesson.adapt is not None:
                 student = lesson.adapt(self.tap, here, student)
@@ -260,9 +272,7 @@ class FeatureDistillation(TeacherTerm):
     @torch.no_grad()
     def _masks(self, s: Supervision, lesson: Lesson, linked: tuple[tuple[int, int], ...]) -> Float[Tensor, "L B T"]:
         """Σ q ψ of every cell (`combined`), or Σ q ψ² / M (`per_query`)."""
-        assert lesson.trace.states is not None
-        layers = torch.tensor([layer for _, layer in linked], device=lesson.trace.states.device)
-        queries, quality = self._queries(s, lesson, layers)
+        queries, quality = self._queries(s, lesson, [layer for _, layer in linked])
         cells = self._cells(lesson)
         if self.similarity == "cos":
             queries, cells = F.normalize(queries, dim=-1), F.normalize(cells, dim=-1)
@@ -272,15 +282,15 @@ class FeatureDistillation(TeacherTerm):
         return (quality[..., None] * similar).sum(2)
 
     def _queries(
-        self, s: Supervision, lesson: Lesson, layers: Tensor
+        self, s: Supervision, lesson: Lesson, layers: list[int]
     ) -> tuple[Float[Tensor, "L B M D"], Float[Tensor, "L B M"]]:
         """States of the teacher's best (query, class) pairs at some of its layers, and their quality."""
-        assert lesson.trace.states is not None
-        stages = layers + layer_stages(lesson.answers.stages).start
+        first = layer_stages(lesson.answers.stages).start
+        stages = [first + layer for layer in layers]
         scores, classes = lesson.answers.logits[stages].sigmoid(), lesson.answers.logits.shape[-1]
         score, place = scores.flatten(2).topk(min(self.top, scores[0, 0].numel()), dim=-1)
         query = place // classes
-        states = lesson.trace.states.float()[layers]
+        states = torch.stack([lesson.trace.states[layer] for layer in layers]).float()
         chosen = states.gather(2, query[..., None].expand(-1, -1, -1, states.shape[-1]))
         if not len(s.targets):
             return chosen, score
@@ -293,11 +303,108 @@ class FeatureDistillation(TeacherTerm):
             return chosen, torch.where(empty, score, score**self.gamma * overlap ** (1 - self.gamma))
         return chosen, torch.where(empty, score, score * overlap)
 
+    def _levels(self, own: Trace, other: Trace) -> tuple[tuple[int, int], ...]:
+        """Common levels at which there are maps to compare; an encoder may make more levels than it is given."""
+        found = common_levels(own.shapes, other.shapes)
+        if self.tap == "encoder":
+            return found
+        mine, theirs = (len(self._maps((), trace)) for trace in (own, other))
+        return tuple((here, there) for here, there in found if here < mine and there < theirs)
+
+    def _maps(self, memory: tuple[Tensor, ...], trace: Trace) -> tuple[Tensor, ...]:
+        match self.tap:
+            case "encoder":
+                return memory
+            case "neck":
+                return trace.necks
+            case "backbone":
+                return trace.features
+
     def _cells(self, lesson: Lesson) -> Float[Tensor, "B T D"]:
-        if self.space == "queries":
-            assert lesson.trace.embedded is not None
+        if self.space == "queries" and lesson.trace.embedded is not None:
             return lesson.trace.embedded.float()
-        return torch.cat([level.float().flatten(2) for level in lesson.memory], dim=2).transpose(1, 2)
+        maps = lesson.trace.necks if self.tap == "neck" and self.space == "map" else lesson.memory
+        return torch.cat([level.float().flatten(2) for level in maps], dim=2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class EncoderDistillation(TeacherTerm):
+    """Which cells are worth a query: the teacher's scores of the cells that either of the two has chosen.
+
+    Binary cross-entropy to the teacher's probabilities, summed over classes and over the union of both choices on
+    common levels, divided by the sum of the teacher's scores there. Not part of a paper (spec 6.3); it is for detectors
+    whose encoders score classes.
+    """
+
+    def covers(self, s: Supervision) -> range:
+        """The stage of the encoder, where both have one."""
+        lesson = self.lesson(s)
+        if lesson is None or s.output is None or s.output.trace is None or not self.weight:
+            return range(0)
+        scored = "encoder" in lesson.answers.stages and s.answers.stages[0] == "encoder"
+        return range(1) if scored and common_levels(s.output.trace.shapes, lesson.trace.shapes) else range(0)
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " 1"]:
+        """One value."""
+        lesson, output = self.lesson(s), s.output
+        assert lesson is not None
+        assert output is not None
+        own, other = output.trace, lesson.trace
+        assert own is not None
+        assert own.tokens is not None
+        assert other.tokens is not None
+        assert own.score is not None
+        assert other.score is not None
+        back = shared_cells(own.shapes, other.shapes).to(own.tokens.device)[own.tokens]
+        here = shared_cells(other.shapes, own.shapes).to(own.tokens.device)[other.tokens]
+        both = torch.cat((back >= 0, (here >= 0) & (slots_of(here, own.tokens) < 0)), dim=1)
+        logits = own.score(torch.cat((own.tokens, here.clamp(min=0)), dim=1))
+        with torch.no_grad():
+            probability = other.score(torch.cat((back.clamp(min=0), other.tokens), dim=1)).sigmoid()
+        entropy = _entropy(logits, probability, lesson)
+        total, mass = (entropy * both).sum(), (probability.amax(-1) * both).sum()
+        return lesson.strength * (total / over_processes(mass[None]).clamp(min=1e-6))
+
+
+@dataclass(frozen=True)
+class ContrastiveDistillation(TeacherTerm):
+    """A student's state shall be told among all of the batch by that of its teacher's query (DETRDistill's code).
+
+    InfoNCE of the pairs of one joint assignment, behind a projection of either side that is learned along and part of
+    no detector. It is not in the paper.
+
+    Attributes:
+        temperature: T.
+    """
+
+    weight: float = 0.2
+    temperature: float = 0.07
+
+    def covers(self, s: Supervision) -> range:
+        """The layers, where there are projections."""
+        lesson = self.lesson(s)
+        return super().covers(s) if lesson is not None and lesson.adapt is not None else range(0)
+
+    def __call__(self, s: Supervision) -> Float[Tensor, " L"]:
+        """Mean over the pairs of each link, summed over the teacher's layers of each layer of the student."""
+        lesson, output = self.lesson(s), s.output
+        assert lesson is not None
+        assert lesson.adapt is not None
+        assert output is not None
+        assert output.trace is not None
+        linked = self.links(s, lesson)
+        pairs = pair_by_cost(s, lesson, linked, "joint", 0, TeacherCost())
+        values = []
+        for index, (layer, other) in enumerate(linked):
+            at = pairs.link == index
+            image, student, teacher = pairs.image[at], pairs.student[at], pairs.teacher[at]
+            mine = lesson.adapt("contrast", 0, output.trace.states[layer][image, student].float())
+            said = lesson.adapt("contrasted", 0, lesson.trace.states[other][image, teacher].float())
+            similar = F.normalize(mine, dim=-1) @ F.normalize(said, dim=-1).T / self.temperature
+            values.append(F.cross_entropy(similar, torch.arange(len(similar), device=similar.device)))
+        layers = torch.tensor([k for k, _ in linked], device=values[0].device)
+        total = torch.zeros(len(self.covers(s)), device=layers.device)
+        return lesson.strength * total.index_add(0, layers, torch.stack(values))
 
 
 def common_levels(
@@ -321,7 +428,7 @@ def _standard(x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
     return (x - mean) * (variance + 1e-6).rsqrt()
 
 
-def _entropy(logits: Float[Tensor, "M C"], probability: Float[Tensor, "M C"], lesson: Lesson) -> Float[Tensor, " M"]:
+def _entropy(logits: Float[Tensor, "*M C"], probability: Float[Tensor, "*M C"], lesson: Lesson) -> Float[Tensor, "*M"]:
     """Binary cross-entropy summed over the classes that the teacher knows."""
     entropy = F.binary_cross_entropy_with_logits(logits, probability, reduction="none")
     return (entropy if lesson.known is None else entropy * lesson.known).sum(-1)

@@ -1,4 +1,4 @@
-"""Cells of one pyramid in another: how queries keep their identity between two detectors."""
+"""How queries keep their identity between two detectors: by the cells that they come from, or by their places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["carry", "slots_of"]
+from finedetr.records import Lesson, Trace
+
+__all__ = ["carry", "known_as", "same_queries", "shared_cells", "slots_of"]
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -42,7 +44,43 @@ def _table(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
     return torch.cat(parts)
 
 
+def shared_cells(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
+    """For each cell of the source the same one of the target, or -1 where no level of it has that shape."""
+    starts = [0]
+    for height, width in target:
+        starts.append(starts[-1] + height * width)
+    parts = []
+    for height, width in source:
+        cells = torch.arange(height * width)
+        same = (height, width) in target
+        parts.append(cells + starts[target.index((height, width))] if same else torch.full_like(cells, -1))
+    return torch.cat(parts)
+
+
 def slots_of(tokens: Int[Tensor, "B P"], own: Int[Tensor, "B Q"]) -> Int[Tensor, "B P"]:
     """The query that comes from each token, or -1 where none does."""
     same = tokens[:, :, None] == own[:, None]
     return torch.where(same.any(-1), same.long().argmax(-1), -1)
+
+
+def known_as(lesson: Lesson, own: Trace) -> Int[Tensor, "B P"] | None:
+    """What identifies each of a teacher's queries in the student; None where nothing does.
+
+    Selected queries are known by their cell, carried into the student's pyramid. Learned ones keep their place between
+    a detector and its average; those of another detector are strangers.
+    """
+    theirs = lesson.trace.tokens
+    if theirs is not None and own.tokens is not None:
+        return carry(theirs, lesson.trace.shapes, own.shapes)
+    if theirs is not None or own.tokens is not None or not lesson.itself:
+        return None
+    pictures, queries = own.boxes.shape[:2]
+    return torch.arange(queries, device=own.boxes.device).expand(pictures, -1)
+
+
+def same_queries(lesson: Lesson, own: Trace) -> Int[Tensor, "B P"]:
+    """The student's query that is the same as each of a teacher's, or -1."""
+    known = known_as(lesson, own)
+    if known is None:
+        return torch.full(lesson.trace.boxes.shape[:2], -1, device=own.boxes.device)
+    return known if own.tokens is None else slots_of(known, own.tokens)

@@ -146,6 +146,11 @@ class DecoderConfig:
         return "relu" if self.activation == "prelu" else self.activation
 
     @property
+    def selects(self) -> bool:
+        """Whether queries come from cells of the pyramid; otherwise they are learned, the same for all pictures."""
+        return self.source in ("tokens", "mixed", "proposals")
+
+    @property
     def boxes_are_queries(self) -> bool:
         """Whether a box and a label make a query, as denoising has them; otherwise queries bring their positions."""
         return self.source in ("tokens", "anchors", "mixed")

@@ -31,7 +31,7 @@ class Refinement:
     stages: tuple[str, ...]
     corners: Float[Tensor, "L B N 4 K"] | None = None  # accumulated edge logits of the layers
     anchors: Float[Tensor, "B N 4"] | None = None
-    states: Float[Tensor, "L B N D"] | None = None  # behind each layer; outside training only
+    states: tuple[Float[Tensor, "B N D"], ...] = ()  # behind each layer, where all stages were asked for
 
 
 class Answers:
@@ -59,10 +59,8 @@ class Answers:
     def stacked(self) -> Refinement:
         """All stages as one axis."""
         corners = torch.stack(self.corners) if self.corners else None
-        states = torch.stack(self.states) if self.states else None
-        return Refinement(
-            torch.stack(self.logits), torch.stack(self.boxes), tuple(self.stages), corners, self.anchors, states
-        )
+        logits, boxes = torch.stack(self.logits), torch.stack(self.boxes)
+        return Refinement(logits, boxes, tuple(self.stages), corners, self.anchors, tuple(self.states))
 
 
 class Decoder(nn.Module, ABC):
@@ -137,7 +135,7 @@ class Decoder(nn.Module, ABC):
             if given is None and (places is None or not self.position_once):
                 places = of_both(self._positions, reference, Both.same(content))
             x = layer(x, places, self._where(x, reference, first=index == 0), memory, blocked)
-            if all_stages and not self.training:
+            if all_stages:
                 answers.states.append(x.mean)
             reference = self._answer(index, x, reference, answers, all_stages, index == count - 1)
         return answers.stacked()

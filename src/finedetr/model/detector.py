@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from finedetr.model.decoder import DistributionDecoder, Refinement, build_decode
 from finedetr.model.decoder_layers import Seeds
 from finedetr.model.encoders import build_encoder
 from finedetr.model.layers import ConvNorm
-from finedetr.model.queries import Answer, Queries, QuerySelection, build_queries
+from finedetr.model.queries import Answer, LearnedPoints, Queries, QuerySelection, build_queries
 from finedetr.records import Edges, Output, Prediction, QueryGroup, Trace
 
 __all__ = ["Detector"]
@@ -70,7 +72,8 @@ class Detector(nn.Module):
         self._check_size(images)
         all_stages = self.training if all_stages is None else all_stages
         maps = self.backbone(images)
-        pyramid = self.encoder(maps)
+        necks = self.encoder.enter(maps)
+        pyramid = self.encoder(necks)
         memory = tuple(project(level) for project, level in zip(self.decoder_input_proj, pyramid, strict=True))
         shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
         tokens = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in memory], dim=1)
@@ -96,10 +99,21 @@ class Detector(nn.Module):
             scoring,
         )
         trace = None
-        if all_stages and queries.tokens is not None:
-            own = queries.tokens.shape[1]
-            states = None if answers.states is None else answers.states[:, :, -own:]
-            trace = Trace(shapes, queries.tokens, queries.references, maps, states, queries.embedded)
+        if all_stages:
+            own, selection = queries.references.shape[1], self.selection
+            score = partial(selection.score, tokens, shapes) if isinstance(selection, QuerySelection) else None
+            trace = Trace(
+                shapes,
+                queries.tokens,
+                queries.references,
+                maps,
+                necks,
+                tuple(state[:, -own:] for state in answers.states),
+                queries.embedded,
+                queries.content,
+                queries.positions,
+                score,
+            )
         return self._output(answers, queries, extra, all_stages, pyramid, trace)
 
     def _output(
@@ -153,12 +167,8 @@ class Detector(nn.Module):
             return own, queries.scoring
         dtype, size = queries.content.dtype, queries.references.shape[-1]
         content = [self._content(group, tokens, shapes).to(dtype) for group in extra]
-        references = [group.boxes[..., :size] for group in extra]
-        positions = None
-        if queries.positions is not None:
-            positions = [group.positions.to(dtype) for group in extra if group.positions is not None]
-            if len(positions) < len(extra):
-                raise self._not_of_boxes(next(group for group in extra if group.positions is None))
+        references = [self._references(group, size) for group in extra]
+        positions = None if queries.positions is None else [self._positions(group).to(dtype) for group in extra]
 
         def joined(seeds: Seeds) -> Seeds:
             return Seeds(
@@ -174,12 +184,29 @@ class Detector(nn.Module):
     def _content(self, group: QueryGroup, memory: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         if group.content is not None:
             return group.content
-        if group.tokens is not None and isinstance(self.selection, QuerySelection):
-            return self.selection.of_tokens(memory, shapes, group.tokens)
-        if self.label_embedding is None:
+        if isinstance(self.selection, QuerySelection):
+            if group.tokens is not None:
+                return self.selection.of_tokens(memory, shapes, group.tokens)
+            if group.slots is not None:
+                return self.selection.of_slots(group.slots)
+            if group.labels is None:
+                return self.selection.of_boxes(group.boxes)[1]
+        if self.label_embedding is None or group.labels is None:
             raise self._not_of_boxes(group)
         embedded: Tensor = self.label_embedding(group.labels)
         return embedded
+
+    def _references(self, group: QueryGroup, size: int) -> Tensor:
+        if group.own_points and group.positions is not None and isinstance(self.selection, LearnedPoints):
+            return self.selection.points_of(group.positions)
+        return group.boxes[..., :size]
+
+    def _positions(self, group: QueryGroup) -> Tensor:
+        if group.positions is not None:
+            return group.positions
+        if isinstance(self.selection, QuerySelection) and group.labels is None:
+            return self.selection.of_boxes(group.boxes)[0]
+        raise self._not_of_boxes(group)
 
     def _not_of_boxes(self, group: QueryGroup) -> ConfigError:
         return ConfigError(

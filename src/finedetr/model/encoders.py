@@ -169,9 +169,13 @@ class HybridEncoder(nn.Module):
         self.pan_blocks = nn.ModuleList(_fusion(config) for _ in steps)
         self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
-        """One map for each level, finest first, at the sizes of the inputs."""
-        levels = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
+    def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """The backbone's maps in the encoder's width."""
+        return tuple(project(x) for project, x in zip(self.input_proj, maps, strict=True))
+
+    def forward(self, maps: tuple[Float[Tensor, "B E H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """One map for each level, finest first, at the sizes of the inputs, which `enter` made."""
+        levels = list(maps)
         levels[-1] = self._attend(levels[-1])
         current, entries = levels[-1], []
         for index, low in enumerate(reversed(levels[:-1])):  # top-down
@@ -231,9 +235,13 @@ class LiteEncoder(nn.Module):
         self.mix = ConvNorm(width, width, act="silu")
         self.fpn_block, self.pan_block = _fusion(config), _fusion(config)
 
-    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+    def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """The backbone's map in the encoder's width."""
+        return (self.input_proj[0](maps[0]),)
+
+    def forward(self, maps: tuple[Float[Tensor, "B E H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
         """A map of the size of the input, and one of half of it."""
-        fine = self.input_proj[0](maps[0])
+        (fine,) = maps
         coarse = self.down1(fine)
         coarse = self.mix(coarse + coarse.mean(dim=(2, 3), keepdim=True))
         fine = self.fpn_block(fine + F.interpolate(coarse, scale_factor=2.0, mode="nearest"))

@@ -112,13 +112,21 @@ class QuerySelection(nn.Module):
             return Queries(learned, boxes, encoder=answer, tokens=tokens, embedded=kept)
         if self.expand is None or self.expand_norm is None:
             return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
-        code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
-        positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
+        positions, content = self._expanded(boxes, memory.dtype)
         everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
         return Queries(content, boxes, positions, tokens=tokens, embedded=kept, proposals=everything, agnostic=True)
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
+
+    def score(
+        self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B P"]
+    ) -> Float[Tensor, "B P C"]:
+        """The class logits of given cells, with gradient and in fp32."""
+        usable = self._table(shapes, memory.device)[1]
+        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
+        logits: Tensor = self.score_head(self.norm(self.proj(chosen.float())))
+        return logits
 
     @torch.no_grad()
     def of_tokens(
@@ -129,6 +137,24 @@ class QuerySelection(nn.Module):
         chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
         content: Tensor = self.norm(self.proj(chosen))
         return content
+
+    @torch.no_grad()
+    def of_slots(self, slots: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q D"]:
+        """Learned contents by their places, without gradient."""
+        assert self.content is not None
+        return self.content.weight[slots]
+
+    @torch.no_grad()
+    def of_boxes(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q D"]]:
+        """Positions and content that queries of given boxes start with, without gradient."""
+        return self._expanded(boxes, self.score_head.weight.dtype)
+
+    def _expanded(self, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.expand is not None
+        assert self.expand_norm is not None
+        code = sine_code(boxes, self.expand.in_features // 4).to(dtype)
+        positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
+        return positions, content
 
     def _table(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (shapes, device)
@@ -165,7 +191,7 @@ class LearnedPoints(nn.Module):
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch, whatever the pictures show."""
         content, positions = self._of(self.embedding, len(memory))
-        points = self.point(positions).float().sigmoid()
+        points = self.points_of(positions)
         scoring = None
         if self.scoring is not None:
             own, places = self._of(self.scoring, len(memory))
@@ -177,6 +203,11 @@ class LearnedPoints(nn.Module):
         learned = embedding.weight.expand(pictures, -1, -1)
         positions, content = learned[..., : self.width], learned[..., self.width :]
         return content if content.shape[-1] else torch.zeros_like(positions), positions
+
+    def points_of(self, positions: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q 2"]:
+        """The point that each position means."""
+        points: Tensor = self.point(positions).float().sigmoid()
+        return points
 
 
 class LearnedAnchors(nn.Module):

@@ -118,9 +118,13 @@ class SingleEncoder(nn.Module):
                 _xavier(layer.self_attention.out)
         _xavier(*(self.scale.layers if self.scale is not None else ()))
 
-    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+    def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """The backbone's map in the encoder's width."""
+        return (self.input_proj[0](maps[0]),)
+
+    def forward(self, maps: tuple[Float[Tensor, "B E H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
         """The map, as seen by the transformer."""
-        level = self.input_proj[0](maps[0])
+        (level,) = maps
         shape = (int(level.shape[-2]), int(level.shape[-1]))
         tokens, code = as_tokens(level), self.cells(*shape, level.device)
         for layer in self.layers:
@@ -162,18 +166,22 @@ class DeformableEncoder(nn.Module):
         for module in (*self.input_proj.modules(), *(p for layer in self.layers for p in layer.children())):
             _xavier(module)
 
-    def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+    def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
         """One map for each level, finest first: those of the backbone, then the extra ones."""
         levels = [project(x) for project, x in zip(self.input_proj, maps, strict=False)]
         for index in range(len(maps), len(self.input_proj)):
             levels.append(self.input_proj[index](maps[-1] if index == len(maps) else levels[-1]))
-        shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in levels)
-        device = levels[0].device
+        return tuple(levels)
+
+    def forward(self, maps: tuple[Float[Tensor, "B E H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
+        """The levels that `enter` made, as seen by the transformer."""
+        shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in maps)
+        device = maps[0].device
         positions = torch.cat(
             [self.cells(*shape, device) + own for shape, own in zip(shapes, self.level_embedding, strict=True)]
         )
         centers = torch.cat([_centers(*shape, device) for shape in shapes])
-        tokens = torch.cat([as_tokens(level) for level in levels], dim=1)
+        tokens = torch.cat([as_tokens(level) for level in maps], dim=1)
         for layer in self.layers:
             tokens = layer(tokens, positions, centers, shapes)
         return as_maps(tokens, shapes)

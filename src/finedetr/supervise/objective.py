@@ -124,9 +124,10 @@ class Objective:
         with torch.autocast(output.matching.logits.device.type, enabled=False):
             for group, weight, supervision in self.supervise(output, targets, guidance):
                 for name, term in zip(self.names, self.terms, strict=True):
-                    stages = term.covers(supervision)
+                    seen = supervision.judged if term.needs_truth else supervision
+                    stages = term.covers(seen)
                     if stages:
-                        values.append(term(supervision) * (term.weight * weight))
+                        values.append(term(seen) * (term.weight * weight))
                         names += [f"{group}/{supervision.answers.stages[stage]}/{name}" for stage in stages]
         return Losses(tuple(names), torch.cat(values), output)
 
@@ -185,8 +186,9 @@ class Objective:
         return name
 
     def formula(self) -> str:
-        """The objective in one line; numbers that differ from the published ones are shown."""
-        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in self.terms)
+        """The objective in one line, without what has no weight; numbers other than the published ones are shown."""
+        terms = [term for term in self.terms if term.weight]
+        summands = " + ".join(f"{term.weight:g}·{describe(term, without='weight')}" for term in terms)
         return f"{summands}, matched by {describe(self.policy)}"
 
 

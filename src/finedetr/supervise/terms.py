@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,8 @@ __all__ = [
 class Term(ABC):
     """One summand of the objective."""
 
+    needs_truth: ClassVar[bool] = True
+    """Whether it says nothing about pictures whose truth nobody knows."""
     weight: float = 1.0
 
     @abstractmethod

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finedetr.distill.teachers import Teacher, Teachers, build_adapters, map_classes
 from finedetr.errors import ModelError, UsageError
-from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.pretrained import load_backbone
 from finedetr.model.weights import load_weights, transfer_weights
@@ -139,10 +138,9 @@ def _teachers(
     wanted = recipe.teachers
     if not wanted:
         return None
-    _check_tokens(recipe.model)
     teachers = Teachers()
     if "average" in wanted:
-        teachers.average = Teacher(average.model)
+        teachers.average = Teacher(average.model, itself=True)
     if "frozen" in wanted:
         if weights is None:
             raise UsageError(
@@ -151,7 +149,6 @@ def _teachers(
                 hint="Give one with --teacher: a run, a weight file, a folder of transformers or a published name.",
             )
         other, card = load_weights(weights, world.device)
-        _check_tokens(other.config)
         other.requires_grad_(False)
         if recipe.channels_last:
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -163,20 +160,10 @@ def _teachers(
             given=recipe.normalization,
             wanted=theirs,
         )
-        adapters = build_adapters(recipe.objective.terms, detector, other, recipe.teaching.scale)
+        adapters = build_adapters(recipe.objective.terms, detector, other, recipe.teaching.scale, recipe.sources)
         if any(True for _ in adapters.parameters()):
             teachers.adapters = adapters.to(world.device)
     return teachers
-
-
-def _check_tokens(model: ModelConfig) -> None:
-    """A student knows a teacher's queries again by the cells that they come from."""
-    if model.classic:
-        raise UsageError(
-            f"queries of {model.name} come from no cell of its own choice, so it cannot be taught, and cannot teach",
-            code="conflict",
-            hint="Teachers and students are models of the real-time families: dfine, deim, deimv2 and rtdetrv2.",
-        )
 
 
 def freeze(detector: Detector, recipe: Recipe) -> tuple[nn.Module, ...]:

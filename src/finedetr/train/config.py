@@ -9,7 +9,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finedetr.distill.matching import TeacherVotes
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior, QuerySource
-from finedetr.distill.terms import FeatureDistillation, LogitsDistillation, PredictionDistillation, SecondBox
+from finedetr.distill.terms import (
+    ContrastiveDistillation,
+    EncoderDistillation,
+    FeatureDistillation,
+    LogitsDistillation,
+    PredictionDistillation,
+    SecondBox,
+)
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.supervise.matching import Cost, FocalCost, MatchingPolicy, PerStage, QualityCost, UnionOfStages
 from finedetr.supervise.terms import (
@@ -43,6 +50,8 @@ KINDS: dict[type, tuple[type, ...]] = {
         FeatureDistillation,
         PredictionDistillation,
         SecondBox,
+        EncoderDistillation,
+        ContrastiveDistillation,
     ),
     MatchingPolicy: (PerStage, UnionOfStages, TeacherVotes),
     QuerySource: (QueryPrior, PredictionQueries, AuxiliaryQueries),

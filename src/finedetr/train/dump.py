@@ -56,7 +56,7 @@ class Dump:
 
     def save(self, path: Path) -> Path:
         """Writes plain values and tensors, atomically."""
-        targets = {name: getattr(self.targets, name) for name in ("labels", "boxes", "image", "counts")}
+        targets = {name: getattr(self.targets, name) for name in ("labels", "boxes", "image", "counts", "annotated")}
         return save_state(
             path,
             {

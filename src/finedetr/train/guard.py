@@ -54,7 +54,7 @@ class Guard:
     def _in_parts(self, images: Tensor, targets: Targets, pictures: tuple[str, ...], p: Progress) -> StepReport:
         """The step; in smaller parts where memory was too small for these, as long as the run is young."""
         place = {"epoch": p.epoch, "step": p.step, "rank": self.world.rank}
-        objective = self.recipe.objective_at(p.epoch, p.epochs)
+        objective, count = self.recipe.objective_at(p.epoch, p.epochs), targets.with_truth
         while True:
             sources = sources_of(self.recipe, len(self.classes), device=self.world.device, **place)
             try:
@@ -63,12 +63,12 @@ class Guard:
                 )
             except torch.OutOfMemoryError as error:
                 # the other processes of a run are in the midst of their step and cannot follow
-                parts = more_parts(len(images), p.accumulate) if p.epoch == 0 and self.world.size == 1 else None
+                parts = more_parts(count, p.accumulate) if p.epoch == 0 and self.world.size == 1 else None
                 if parts is None:
-                    raise out_of_memory(error, len(images) // p.accumulate) from error
+                    raise out_of_memory(error, count // p.accumulate) from error
             self.keeper.reporter.warn(
-                f"out of memory with {len(images) // p.accumulate} pictures at a time: from here on batches of "
-                f"{len(images)} are worked off in {parts} parts of {len(images) // parts} (--accumulate {parts}), "
+                f"out of memory with {count // p.accumulate} pictures at a time: from here on batches of "
+                f"{count} are worked off in {parts} parts of {count // parts} (--accumulate {parts}), "
                 "in which norms and the union over stages see a part"
             )
             p.accumulate = parts

@@ -43,6 +43,7 @@ class Data:
 
     train: Dataset
     val: Dataset | None = None
+    unlabelled: Dataset | None = None  # pictures of which only teachers have something to say
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Run:
                 self.world.rank,
                 self.world.size,
                 recipe.balance,
+                self.data.unlabelled,
+                recipe.teaching.beside(share),
             )
             self.on_device = OnDevice(
                 recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std

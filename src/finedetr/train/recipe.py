@@ -180,12 +180,20 @@ class Teaching:
     """It then needs this share of the run, at most ..."""
     ramp_steps: int = 1000
     """... so many steps, until it teaches with full weight."""
+    unlabelled: float = 1.0
+    """Pictures of --unlabelled in a batch, for each one of the data set; the batch grows by them."""
     watch: int = 100
     """Pictures of the validation split on which the stability of the matching is measured; 0: none."""
 
     def __post_init__(self) -> None:
         if self.scale <= 0 or not 0 <= self.start <= 1 or not 0 <= self.ramp <= 1 or self.watch < 0:
             raise ConfigError(f"teaching: wanted a scale above 0, shares within 0..1 and watch from 0, got {self}")
+        if self.unlabelled <= 0:
+            raise ConfigError(f"teaching.unlabelled: a number above 0 is wanted, {self.unlabelled} came", code="range")
+
+    def beside(self, pictures: int) -> int:
+        """How many pictures without labels follow so many of the data set; at least one."""
+        return max(1, round(self.unlabelled * pictures))
 
     def strength(self, step: int, total: int) -> float:
         """The weight of what the average teaches in a step (from 0) of a run of so many."""

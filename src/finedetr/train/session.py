@@ -11,6 +11,7 @@ from typing import Any
 from finedetr._version import __version__
 from finedetr.data.balance import repeat_factors
 from finedetr.data.doctor import Report, check
+from finedetr.data.folder import open_folder
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
@@ -25,7 +26,16 @@ from finedetr.train.plan import share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision
 
-__all__ = ["Request", "balance_line", "begin", "default_folder", "open_data", "resume", "saved_recipe"]
+__all__ = [
+    "Request",
+    "balance_line",
+    "begin",
+    "default_folder",
+    "open_data",
+    "resume",
+    "saved_recipe",
+    "unlabelled_line",
+]
 
 FREE = (
     "epochs",
@@ -51,6 +61,7 @@ class Request:
     weights: Path | None = None
     backbone_weights: Path | None = None
     teacher: Path | None = None
+    unlabelled: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
     layout: str | None = None
@@ -67,6 +78,13 @@ class Request:
                 code="conflict",
                 hint="Make the recipe with --with detrdistill (in Python: extras=['detrdistill']), or give no teacher.",
             )
+        speaking = any(term.weight and not term.needs_truth for term in self.recipe.objective.terms)
+        if self.unlabelled and not (self.recipe.teachers and speaking):
+            raise UsageError(
+                f"the pictures of {self.unlabelled} have no labels, and no teacher says anything about them",
+                code="conflict",
+                hint="Give a teacher with --teacher, or use --with od-detr.",
+            )
 
     @property
     def start(self) -> Start:
@@ -79,8 +97,17 @@ def default_folder(data: Path, recipe: Recipe) -> Path:
     return Path("runs") / f"{data.resolve().stem}-{recipe.model.name}"
 
 
-def open_data(path: Path, train: str = "train", val: str = "val", layout: str | None = None) -> Data:
+def open_data(
+    path: Path, train: str = "train", val: str = "val", layout: str | None = None, unlabelled: Path | None = None
+) -> Data:
     """Both splits of a data set. Without the one for evaluation a run goes on unmeasured.
+
+    Args:
+        path: The data set.
+        train: Name of the split to train on.
+        val: Of that to evaluate on.
+        layout: None: it is sniffed.
+        unlabelled: A folder of further pictures, for teachers alone.
 
     Raises:
         DataError: The data cannot be used, or the splits name different classes.
@@ -88,11 +115,12 @@ def open_data(path: Path, train: str = "train", val: str = "val", layout: str | 
     training = open_dataset(path, train, layout=layout)
     if not len(training):
         raise DataError(f"{path}: the split {train!r} has no pictures", code="empty_split")
+    beside = open_folder(unlabelled, training.categories) if unlabelled else None
     splits = list_splits(path, layout)
     if val not in splits and not (val == "val" and {"valid", "validation"} & set(splits)):
         if val != "val":
             raise DataError(f"{path} has no split {val!r}", code="split", hint=f"It has {', '.join(splits)}.")
-        return Data(training, None)
+        return Data(training, None, beside)
     held_out = open_dataset(path, val, layout=layout)
     if held_out.categories != training.categories:
         ours, theirs = training.categories.names, held_out.categories.names
@@ -105,7 +133,7 @@ def open_data(path: Path, train: str = "train", val: str = "val", layout: str | 
         )
     if not len(held_out.labels):
         raise DataError(f"{path}: the split {val!r} has no boxes, so AP is undefined", code="empty_split")
-    return Data(training, held_out)
+    return Data(training, held_out, beside)
 
 
 def begin(
@@ -119,7 +147,7 @@ def begin(
         callbacks: Functions of a user.
     """
     with open_world(request.device) as world:
-        data = open_data(request.data, request.train_split, request.val_split, request.layout)
+        data = open_data(request.data, request.train_split, request.val_split, request.layout, request.unlabelled)
         recipe = request.recipe.resolve(len(data.train))
         # resolved once, so that a run that is resumed on another machine goes on in the same numbers
         recipe = replace(recipe, precision=Precision.choose(recipe.precision, world.device).name)
@@ -141,6 +169,8 @@ def begin(
                 reporter.line(line)
             if recipe.balance:
                 reporter.line(balance_line(recipe, data))
+            if data.unlabelled:
+                reporter.line(unlabelled_line(recipe, data))
             for what, which in run.student.origins:
                 reporter.line(f"weights: {what:8} {which}")
             return _through(run, reporter)
@@ -175,7 +205,9 @@ def resume(
     check_changes(saved, recipe)
     with open_world(device) as world:
         splits = (str(where["train"]), str(where["val"]))
-        opened = open_data(data or Path(where["path"]), *splits, where["layout"])
+        files = folder.read_json(folder.config)
+        teacher, beside = (Path(files[key]) if files.get(key) else None for key in ("teacher", "unlabelled"))
+        opened = open_data(data or Path(where["path"]), *splits, where["layout"], beside)
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
@@ -184,10 +216,7 @@ def resume(
                     f"the data had {where['pictures']} pictures for training and has {len(opened.train)} now: the run "
                     "goes on, but not as it would have gone on"
                 )
-            teacher = folder.read_json(folder.config).get("teacher")
-            run = Run(
-                recipe, opened, folder, world, reporter, teacher=Path(teacher) if teacher else None, callbacks=callbacks
-            )
+            run = Run(recipe, opened, folder, world, reporter, teacher=teacher, callbacks=callbacks)
             try:
                 run.resume()
             except BaseException:
@@ -286,6 +315,16 @@ def balance_line(recipe: Recipe, data: Data) -> str:
     )
 
 
+def unlabelled_line(recipe: Recipe, data: Data) -> str:
+    """What the pictures without labels add to a batch."""
+    assert data.unlabelled is not None
+    batch = recipe.batch or 1
+    return (
+        f"unlabelled {data.unlabelled.evidence}, for teachers alone: {recipe.teaching.beside(batch)} beside each batch "
+        f"of {batch}"
+    )
+
+
 def _class_table(data: Data) -> list[dict[str, Any]]:
     categories = data.train.categories
     return [
@@ -324,6 +363,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
         "weights": str(request.weights) if request.weights else None,
         "backbone_weights": str(request.backbone_weights) if request.backbone_weights else None,
         "teacher": str(Path(request.teacher).resolve()) if request.teacher else None,
+        "unlabelled": str(Path(request.unlabelled).resolve()) if request.unlabelled else None,
         "derived": sorted({k for k, v in flatten(to_dict(recipe)).items() if asked.get(k) != v} | {*request.derived}),
         "recipe": to_dict(recipe),
     }

@@ -272,21 +272,29 @@ class Part:
 def parts_of(
     images: Float[Tensor, "B 3 H W"], targets: Targets, names: tuple[str, ...], parts: int
 ) -> tuple[Part, ...]:
-    """A batch cut into equal parts, picture after picture; the targets of each part count their pictures from 0."""
+    """A batch cut into equal parts, picture after picture; the targets of each part count their pictures from 0.
+
+    Each part has its share of the pictures without truth, as equal as can be.
+    """
     if parts == 1:
         return (Part(images, targets, names),)
-    size = len(targets.counts) // parts
+    known, rest = targets.with_truth, targets.pictures - targets.with_truth
+    size = known // parts
     starts = (*targets.starts, len(targets))
     cut = []
-    for first in range(0, size * parts, size):
-        rows = slice(starts[first], starts[first + size])
+    for part in range(parts):
+        first, after = part * size, (part + 1) * size
+        rows = slice(starts[first], starts[after])
+        beside = slice(known + rest * part // parts, known + rest * (part + 1) // parts)
         own = Targets(
             targets.labels[rows],
             targets.boxes[rows],
             targets.image[rows] - first,
-            targets.counts[first : first + size],
+            targets.counts[first:after] + targets.counts[beside],
+            None if targets.annotated is None else size,
         )
-        cut.append(Part(images[first : first + size], own, names[first : first + size]))
+        pictures = torch.cat((images[first:after], images[beside])) if rest else images[first:after]
+        cut.append(Part(pictures, own, names[first:after] + names[beside]))
     return tuple(cut)
 
 

@@ -17,7 +17,7 @@ __all__ = ["Template", "read_template"]
 FOLLOWS = {"lr": ("batch", "accumulate", "optimizer"), "batch": ("accumulate", "optimizer"), "precision": ("device",)}
 """What a run derives where it is not set, and the flags after which a number of an earlier run is derived anew."""
 
-FILES = ("weights", "backbone_weights", "teacher")
+FILES = ("weights", "backbone_weights", "teacher", "unlabelled")
 RUN_KEYS = ("finedetr", "command", "data", *FILES, "derived", "recipe")
 """Of the document that a run writes."""
 
@@ -39,7 +39,7 @@ class Template:
         return ("model",) if isinstance(model, Mapping) and "name" in model else ()
 
     def files(self, given: Collection[str] = ()) -> dict[str, Path | None]:
-        """What the earlier run started with, and who taught it: weights, backbone_weights, teacher.
+        """What the earlier run started with, and who taught it: weights, backbone_weights, teacher, unlabelled.
 
         Args:
             given: Names of the flags beside it: one kind of weights takes the place of the other, too.

@@ -34,15 +34,19 @@ class Watch:
         self.before: dict[str, list[Matched]] = {}
 
     def __call__(self, student: Detector, teachers: Teachers) -> dict[str, float]:
-        """`instability` of the student and of its average since the last call; `agreement` and `hits` by teacher."""
+        """`instability` of the student and of its average since the last call; `agreement` and `hits` by teacher.
+
+        A teacher whose queries cannot be told in the student's has neither.
+        """
         now: dict[str, list[Matched]] = {}
         with at_rest(student):
-            asked = {"student": Teacher(student), "average": teachers.average, "frozen": teachers.frozen}
+            asked = {"student": Teacher(student, itself=True), "average": teachers.average, "frozen": teachers.frozen}
             for images, targets in self._batches():
                 with self.precision.forward():
                     lessons = {who: teacher(images, targets) for who, teacher in asked.items() if teacher}
                 for who, lesson in lessons.items():
-                    now.setdefault(who, []).extend(matched_by(lesson, lessons["student"].trace))
+                    if (matched := matched_by(lesson, lessons["student"].trace)) is not None:
+                        now.setdefault(who, []).extend(matched)
         measured = {
             f"instability_{who}": instability(self.before[who], matched)
             for who, matched in now.items()
