@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finedetr.geometry import inverse_sigmoid
 from finedetr.model.decoder import PlainDecoder
+from finedetr.model.decoder_layers import Both
 from finedetr.model.detector import Detector
 from finedetr.model.queries import QuerySelection, anchor_table
 from finedetr.model.sines import SineMap, sine_code
@@ -72,7 +73,7 @@ def by_the_formulas(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor,
         x, y, w, h = reference.unbind(-1)
         assert decoder.query_position_head is not None
         positions = decoder.query_position_head(torch.cat([sine_code(v[..., None], 32) for v in (y, x, w, h)], dim=-1))
-        state = layer(state, positions, reference, memory, None)
+        state = layer(*map(Both.same, (state, positions, reference)), memory, None).boxes
         seen = decoder.norm(state)
         logits.append(decoder.score_heads[0](seen))
         boxes.append((decoder.box_heads[0](seen) + inverse_sigmoid(before, 1e-3)).sigmoid())
