@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def host(name: str, **decoder: Any) -> ModelConfig:
     return TINY if name == "dfine" else small(name, layers=2, encoders=1, **decoder)
 
 
-@lru_cache(maxsize=None)
+@cache
 def fixed(name: str, seed: int = 0) -> Detector:
     """One for all tests; do not change it."""
     return random_detector(host(name), seed)
