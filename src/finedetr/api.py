@@ -26,7 +26,7 @@ from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.loop import Result
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, begin, default_folder, saved_recipe
+from finedetr.train.session import Request, begin, default_folder, saved_recipe, teacher_and_pictures
 from finedetr.train.session import resume as resume_run
 from finedetr.train.template import read_template
 
@@ -220,7 +220,8 @@ def train(
         weights: Start from these.
         backbone_weights: Start the backbone alone from its official file.
         queries: Another number of queries than the model's own.
-        teacher: Weights of a detector to learn from (`--with detrdistill` if `extras` make no use of it).
+        teacher: Weights of a detector to learn from (`--with detrdistill` if `extras` make no use of it), or a JSON of
+            what one has found, whose pictures join each batch.
         unlabelled: Folder of further pictures, about which the teacher alone speaks.
         device: auto, cpu, cuda, cuda:N or mps.
         overwrite: Delete the run that is in `out` already.
@@ -263,7 +264,7 @@ def train(
             tuple(extras),
             weights=start,
             backbone_weights=backbone_weights is not None,
-            teacher=teacher is not None,
+            teacher=teacher,
         )
     changed = [*settings, *(["device"] if device != "auto" else [])]
     if file is not None:
@@ -271,14 +272,17 @@ def train(
     if queries is not None:
         made = replace(made, model=replace(made.model, decoder=replace(made.model.decoder, queries=queries)))
     made = _with_settings(made, settings, "train()")
+    taught, beside = teacher_and_pictures(
+        Path(teacher) if teacher is not None else None, Path(unlabelled) if unlabelled is not None else None
+    )
     request = Request(
         Path(data),
         made,
         Path(out) if out is not None else default_folder(Path(data), made),
         weights=start,
         backbone_weights=Path(backbone_weights) if backbone_weights is not None else None,
-        teacher=find_weights(teacher) if teacher is not None else None,
-        unlabelled=Path(unlabelled) if unlabelled is not None else None,
+        teacher=taught,
+        unlabelled=beside,
         train_split=train_split,
         val_split=val_split,
         layout=layout,

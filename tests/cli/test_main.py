@@ -7,12 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import finedetr
 from finedetr.cli import ALIASES, VERBS, main
 from finedetr.cli.flags import SPELLINGS, spell
+from finedetr.data.folder import open_beside
+from finedetr.data.formats import open_dataset
+from finedetr.data.loader import TrainingLoader
+from finedetr.data.transforms import Augmentation, Windows
 from tests.train.small import draw
 
 SMALL = {
@@ -342,6 +347,47 @@ def test_the_demo_leaves_its_numbers_and_pictures(
     assert Path(numbers["sheet"]).is_file()
     assert len(list((out / "predictions").glob("*.jpg"))) == 2
     assert "pictures: " in capsys.readouterr().out
+
+
+def test_detections_are_a_teacher_that_brings_its_pictures(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `predict --format coco` writes; classes by name, in another order, one of them unknown."""
+    found = json.loads((data / "annotations" / "instances_train.json").read_text())
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    renumbered = {identity: 90 - identity for identity in names}
+    found["categories"] = [{"id": 90 - identity, "name": name} for identity, name in names.items()]
+    found["categories"].append({"id": 99, "name": "unicorn"})
+    for image in found["images"]:
+        image["file_name"] = str(data / "train" / Path(image["file_name"]).name)
+    for row in found["annotations"]:
+        row |= {"category_id": renumbered[row["category_id"]], "score": 0.5}
+    found["annotations"].append({**found["annotations"][0], "id": 10**6, "category_id": 99})
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(found))
+
+    truth = open_dataset(data, "train")
+    beside = open_beside(file, truth.categories)
+    assert beside.labels.tolist() == truth.labels.tolist()
+    np.testing.assert_allclose(beside.boxes, truth.boxes)
+    assert "1 boxes of classes" in str(beside.notes[-1])
+    loader = TrainingLoader(truth, Augmentation(), Windows(0, 0, 0), (64, 64), 2, 0, others=beside, beside=2)
+    (first, *_) = loader.epoch(0)
+    assert first.targets.annotated is None
+    assert len(first.targets.counts) == 4
+    assert sum(first.targets.counts[2:]) > 0
+    words = ["train", "--data", str(data), "--dry-run", "--json", "--teacher", str(file), *TINY]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)["result"]
+    assert said["teacher"] is None
+    assert said["unlabelled"] == {"folder": str(file), "pictures": 4, "in_a_batch": 4}
+    assert "Distillation" not in said["objective"].replace("LocalizationDistillation", "")
+    assert main([*words, "--unlabelled", str(data / "val")]) == 2
+    assert "name their own pictures" in capsys.readouterr().out
+    found["categories"] = [{**category, "name": f"{category['name']}s"} for category in found["categories"]]
+    file.write_text(json.dumps(found))
+    assert main(words) == 3
+    assert "no name is the same" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_pictures_without_labels(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

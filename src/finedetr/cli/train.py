@@ -15,7 +15,7 @@ from finedetr.errors import UsageError, did_you_mean
 from finedetr.recipes import PAPERS, RECIPES, recipe_for
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, begin, default_folder, resume, saved_recipe
+from finedetr.train.session import Request, begin, default_folder, resume, saved_recipe, teacher_and_pictures
 from finedetr.train.template import Template, read_template
 
 
@@ -44,7 +44,8 @@ class Train:
     backbone_weights: Path | None = None
     """Start the backbone alone from its official file (PPHGNetV2_B0_stage1.pth, ResNet18_vd_..., see models show)."""
     teacher: Path | None = None
-    """Learn from this detector, too (a run, a weight file, a folder of transformers or a published name)."""
+    """Learn from this detector, too (a run, a weight file, a folder of transformers or a published name); or from what
+    one has found: the JSON of `finedetr predict --format coco`, whose pictures join each batch."""
     unlabelled: Path | None = None
     """Folder of further pictures without labels, about which the teacher alone speaks (--teacher or --with od-detr).
     --teaching.unlabelled says how many of them stand beside each picture of the data set."""
@@ -83,14 +84,15 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if flags.data is None:
         raise UsageError("train needs --data", code="required", hint="Such as: finedetr train --data pictures/")
     recipe = flags.settings
+    teacher, unlabelled = teacher_and_pictures(flags.teacher, flags.unlabelled)
     request = Request(
         flags.data,
         recipe,
         flags.out or default_folder(flags.data, recipe),
         weights=find_weights(flags.weights) if flags.weights else None,
         backbone_weights=flags.backbone_weights,
-        teacher=find_weights(flags.teacher) if flags.teacher else None,
-        unlabelled=flags.unlabelled,
+        teacher=teacher,
+        unlabelled=unlabelled,
         train_split=flags.train_split,
         val_split=flags.val_split,
         layout=flags.layout,
@@ -163,7 +165,7 @@ def _base_recipe(words: Sequence[str]) -> Recipe:
         tuple(peek(words, "--with")),
         weights=find_weights(weights[0]) if weights else None,
         backbone_weights=bool(peek(words, "--backbone-weights")),
-        teacher=bool(peek(words, "--teacher")),
+        teacher=next(iter(peek(words, "--teacher")), None),
     )
 
 

@@ -124,7 +124,7 @@ class TrainingPictures(TorchDataset[Parcel]):
         return self.latest[1]
 
     def other(self, place: int) -> int:
-        """Which picture without truth stands at a place of the whole run: all of them in turn, in ever new orders."""
+        """Which of the other pictures stands at a place of the whole run: all of them in turn, in ever new orders."""
         assert self.others is not None
         turn, position = divmod(place, len(self.others))
         if self.round[0] != turn:
@@ -153,7 +153,8 @@ class TrainingPictures(TorchDataset[Parcel]):
             truth, used = self.sample(rng, self.others, epoch, index, images[self.batch + offset], broken)
             truths.append(truth)
             indices.append(len(self.dataset) + used)
-        return replace(pack(images, truths, indices, broken), annotated=self.batch)
+        parcel = pack(images, truths, indices, broken)
+        return parcel if len(self.others.labels) else replace(parcel, annotated=self.batch)
 
     def sample(
         self,
@@ -292,8 +293,8 @@ class TrainingLoader:
         """Batches of `batch` pictures for each process, of `size` (H, W).
 
         `balance` is the threshold of `repeat_factors`; 0 has each picture once in an epoch. `beside` pictures of
-        `others`, of which nobody knows the truth, follow in each batch; they change neither the rest of it nor the
-        length of an epoch.
+        `others` follow in each batch; they change neither the rest of it nor the length of an epoch. If none of them
+        has a box nobody knows their truth.
 
         Raises:
             ConfigError: A batch, size, seed or rank that cannot be.

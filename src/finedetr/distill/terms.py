@@ -66,7 +66,9 @@ class LogitsDistillation(TeacherTerm):
             if they are the student's own and learned), unassigned.
         top: The teacher's best so many queries; 0: all.
         label, l1, giou, edges: Weights of the parts of a pair.
-        temperature: Of the edges' distributions.
+        temperature: Of the edges' distributions. DDF has 5, between layers that measure from one anchor. Softened
+            distributions lose their form on the way to another anchor, where bins are finer or coarser: at 5 a student
+            could not reach its targets, and the term's gradient was as large as that of all other losses (LOG.md).
         negative_labels: Whether queries that stand for no target teach classes, too.
         weighting: A pair counts as much as the teacher's score (KD-DETR's foreground weighting), or 1.
         normalizer: The sum of what the pairs count, the number of pairs, or all of the student's queries.
@@ -78,7 +80,7 @@ class LogitsDistillation(TeacherTerm):
     l1: float = 5.0
     giou: float = 2.0
     edges: float = 0.25
-    temperature: float = 5.0
+    temperature: float = 1.0
     negative_labels: bool = True
     weighting: Literal["score", "uniform"] = "score"
     normalizer: Literal["weights", "pairs", "queries"] = "weights"

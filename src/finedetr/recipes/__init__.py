@@ -25,6 +25,7 @@ from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.recipes.scratch import scratch
 from finedetr.recipes.sd_detr import sd_alignment, sd_detr, sd_queries, sd_split
 from finedetr.train.recipe import Recipe
+from finedetr.train.session import is_detections
 
 __all__ = [
     "PAPERS",
@@ -86,7 +87,7 @@ def recipe_for(
     *,
     weights: Path | None = None,
     backbone_weights: bool = False,
-    teacher: bool = False,
+    teacher: str | Path | None = None,
 ) -> Recipe:
     """The recipe of a run before its settings, from what a user says.
 
@@ -96,12 +97,13 @@ def recipe_for(
         extras: As in `build`.
         weights: The file of the detector that the run starts from.
         backbone_weights: A backbone's weights are given.
-        teacher: As in `build`.
+        teacher: A frozen teacher, or a JSON of detections, which needs no part of the recipe.
     """
     card = read_card(weights) if weights else None
     chosen = variant(model) if model else card.config if card else variant(MODEL)
     random_start = card is None and not backbone_weights
-    return build(chosen, recipe, extras, random_start=random_start, card=card, teacher=teacher)
+    listens = teacher is not None and not is_detections(teacher)
+    return build(chosen, recipe, extras, random_start=random_start, card=card, teacher=listens)
 
 
 def build(

@@ -11,7 +11,7 @@ from typing import Any
 from finedetr._version import __version__
 from finedetr.data.balance import repeat_factors
 from finedetr.data.doctor import Report, check
-from finedetr.data.folder import open_folder
+from finedetr.data.folder import open_beside
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
@@ -19,7 +19,7 @@ from finedetr.train.build import Start
 from finedetr.train.callbacks import Callbacks
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
-from finedetr.train.folder import RunFolder
+from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.log import Reporter
 from finedetr.train.loop import Data, Result, Run
 from finedetr.train.plan import share_of
@@ -31,9 +31,11 @@ __all__ = [
     "balance_line",
     "begin",
     "default_folder",
+    "is_detections",
     "open_data",
     "resume",
     "saved_recipe",
+    "teacher_and_pictures",
     "unlabelled_line",
 ]
 
@@ -79,7 +81,7 @@ class Request:
                 hint="Make the recipe with --with detrdistill (in Python: extras=['detrdistill']), or give no teacher.",
             )
         speaking = any(term.weight and not term.needs_truth for term in self.recipe.objective.terms)
-        if self.unlabelled and not (self.recipe.teachers and speaking):
+        if self.unlabelled and not (is_detections(self.unlabelled) or (self.recipe.teachers and speaking)):
             raise UsageError(
                 f"the pictures of {self.unlabelled} have no labels, and no teacher says anything about them",
                 code="conflict",
@@ -97,6 +99,29 @@ def default_folder(data: Path, recipe: Recipe) -> Path:
     return Path("runs") / f"{data.resolve().stem}-{recipe.model.name}"
 
 
+def teacher_and_pictures(teacher: Path | None, unlabelled: Path | None) -> tuple[Path | None, Path | None]:
+    """The weights that teach and the pictures beside the data set: detections in a JSON bring their pictures along.
+
+    Raises:
+        UsageError: There are other pictures, too.
+        ModelError: There are no weights.
+    """
+    if teacher is None or not is_detections(teacher):
+        return find_weights(teacher) if teacher else None, unlabelled
+    if unlabelled is not None:
+        raise UsageError(
+            f"{teacher} holds detections, which name their own pictures; {unlabelled} has no part in them",
+            code="conflict",
+            hint="Leave --unlabelled away, or give a detector as the teacher.",
+        )
+    return None, teacher
+
+
+def is_detections(teacher: str | Path) -> bool:
+    """Whether what is given as a teacher is no detector, but what one has found in some pictures."""
+    return Path(teacher).suffix.lower() == ".json"
+
+
 def open_data(
     path: Path, train: str = "train", val: str = "val", layout: str | None = None, unlabelled: Path | None = None
 ) -> Data:
@@ -107,7 +132,7 @@ def open_data(
         train: Name of the split to train on.
         val: Of that to evaluate on.
         layout: None: it is sniffed.
-        unlabelled: A folder of further pictures, for teachers alone.
+        unlabelled: A folder of further pictures, for teachers alone, or a JSON of what a detector found in some.
 
     Raises:
         DataError: The data cannot be used, or the splits name different classes.
@@ -115,7 +140,7 @@ def open_data(
     training = open_dataset(path, train, layout=layout)
     if not len(training):
         raise DataError(f"{path}: the split {train!r} has no pictures", code="empty_split")
-    beside = open_folder(unlabelled, training.categories) if unlabelled else None
+    beside = open_beside(unlabelled, training.categories) if unlabelled else None
     splits = list_splits(path, layout)
     if val not in splits and not (val == "val" and {"valid", "validation"} & set(splits)):
         if val != "val":
@@ -319,9 +344,9 @@ def unlabelled_line(recipe: Recipe, data: Data) -> str:
     """What the pictures without labels add to a batch."""
     assert data.unlabelled is not None
     batch = recipe.batch or 1
+    whose = "a detector's labels for truth" if len(data.unlabelled.labels) else "for teachers alone"
     return (
-        f"unlabelled {data.unlabelled.evidence}, for teachers alone: {recipe.teaching.beside(batch)} beside each batch "
-        f"of {batch}"
+        f"unlabelled {data.unlabelled.evidence}, {whose}: {recipe.teaching.beside(batch)} beside each batch of {batch}"
     )
 
 

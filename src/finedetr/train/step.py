@@ -279,11 +279,10 @@ def parts_of(
     if parts == 1:
         return (Part(images, targets, names),)
     known, rest = targets.with_truth, targets.pictures - targets.with_truth
-    size = known // parts
     starts = (*targets.starts, len(targets))
     cut = []
     for part in range(parts):
-        first, after = part * size, (part + 1) * size
+        first, after = known * part // parts, known * (part + 1) // parts
         rows = slice(starts[first], starts[after])
         beside = slice(known + rest * part // parts, known + rest * (part + 1) // parts)
         own = Targets(
@@ -291,7 +290,7 @@ def parts_of(
             targets.boxes[rows],
             targets.image[rows] - first,
             targets.counts[first:after] + targets.counts[beside],
-            None if targets.annotated is None else size,
+            None if targets.annotated is None else after - first,
         )
         pictures = torch.cat((images[first:after], images[beside])) if rest else images[first:after]
         cut.append(Part(pictures, own, names[first:after] + names[beside]))
