@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
@@ -150,6 +151,31 @@ def test_the_name_of_a_file_tells_deim_from_d_fine(tmp_path: Path) -> None:
         card = read_card(tmp_path / name)
         assert card.config == ZOO[model]
         assert card.names == ("class 0", "class 1", "class 2")
+
+
+def test_no_name_of_a_folder_above_decides(tmp_path: Path) -> None:
+    above = tmp_path / "my-deim-dsp-cache"
+    (above / "hf").mkdir(parents=True)
+    with torch.device("meta"):
+        dfine, rtdetr = Detector(variant("dfine-n"), 2), Detector(variant("rtdetrv2-r18"), 2)
+    for name, detector in (("n.pth", dfine), ("r18.pth", rtdetr)):
+        state = {key: torch.zeros(value.shape) for key, value in official(detector).items()}
+        torch.save(state, above / name)
+        assert read_card(above / name).config == detector.config
+    write_transformers(above / "hf", dfine.to_empty(device="cpu"), ("hen", "egg"))
+    assert read_card(above / "hf").config == variant("dfine-n")
+    write_transformers(above / "deim-dsp", rtdetr.to_empty(device="cpu"), ("hen", "egg"))
+    assert read_card(above / "deim-dsp").config == variant("rtdetrv2-r18")
+
+
+def test_a_repository_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
+    for repository, model in (("models--they--DEIM_N", "deim-dfine-n"), ("models--they--dfine", "dfine-n")):
+        folder = tmp_path / repository / "snapshots" / "5f3e"
+        folder.mkdir(parents=True)
+        state = {key: value.contiguous() for key, value in official(Detector(variant("dfine-n"), 2)).items()}
+        save_file({key: value.clone() for key, value in state.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"made_by": "them"}))
+        assert read_card(folder).config == variant(model)
 
 
 @pytest.mark.parametrize("name", ["dfine-n", "rtdetrv2-r18"])

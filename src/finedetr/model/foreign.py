@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,9 +58,9 @@ def read_foreign(path: Path) -> Foreign:
     Official ones are `.pth` files of D-FINE, DEIM, DEIMv2 and RT-DETR(v2), and `.safetensors` files with their names,
     alone or in a folder beside the `config.json` with which DEIMv2 lies on the Hub.
 
-    Nothing of a file is executed. Which model it is follows from the shapes of its tensors; D-FINE and its DEIM twin
-    have the same, and so has RT-DETRv2 with discrete sampling, so the words "deim" and "dsp" in the file's name decide
-    between them.
+    Nothing of a file is executed. Which model it is follows from the shapes of its tensors. D-FINE and its DEIM twin
+    have the same, and so has RT-DETRv2 with discrete sampling: of official files, the words "deim" and "dsp" in the
+    name (see `_title`) decide; transformers has no DEIM, and its configuration says how it samples.
 
     Raises:
         ModelError: Unreadable, or no model of the table fits, or tensors are left over: they are named, and so is the
@@ -73,10 +73,11 @@ def read_foreign(path: Path) -> Foreign:
         given, names_of = _read_transformers(folder, settings), transformers_names
     else:
         given, names_of = read_official(path if folder is None else folder / WEIGHTS), official_names
+    title = "" if names_of is transformers_names else _title(path, folder)
     rows = [_with_queries(row, settings) for row in _rows() if _may_be(row, settings)]
-    config, state, used = _fit(given, names_of, rows, path)
-    if settings.get("decoder_method") in ("default", "discrete"):
-        config = _sampled(config, discrete=settings["decoder_method"] == "discrete")
+    config, state, used = _fit(given, names_of, _likely_first(rows, given, title), path)
+    if settings.get("decoder_method") == "discrete":
+        config = _sampled(config)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
     unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
@@ -196,7 +197,7 @@ def _fit(
     """The model of the table whose every tensor is in the file with its shape."""
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
-    for config in _likely_first(rows, given, path):
+    for config in rows:
         own = _blueprint(config, count)
         state, used, faults = {}, set(), []
         for key, tensor in own.items():
@@ -234,27 +235,33 @@ def _blueprint(config: ModelConfig, count: int) -> dict[str, Tensor]:
         return Detector(config, count).state_dict()
 
 
-def _likely_first(rows: list[ModelConfig], given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
+def _title(path: Path, folder: Path | None) -> str:
+    """What whoever made a file calls it: the name of the file, its folder, or its repository in the Hub's cache."""
+    if folder is None:
+        return path.name.lower()
+    folder = folder.resolve()
+    return (folder.parent.parent if folder.parent.name == "snapshots" else folder).name.lower()
+
+
+def _likely_first(rows: list[ModelConfig], given: Mapping[str, Tensor], title: str) -> list[ModelConfig]:
     """The rows of the table, those most like the file first: building a model, even without numbers, takes a moment."""
     shape = _shape(given)
     resnet = any("res_layers" in key or ".embedder.embedder." in key for key in given)
-    said = str(path).lower()
 
     def unlike(row: ModelConfig) -> tuple[bool, ...]:
         return (
             (row.decoder.width, row.decoder.layers) != shape or (row.backbone.name in RESNETS) != resnet,
-            row.name.startswith("deim-") != ("deim" in said),
-            row.name.endswith("-dsp") != ("dsp" in said),
+            row.name.startswith("deim-") != ("deim" in title),
+            row.name.endswith("-dsp") != ("dsp" in title),
         )
 
     return sorted(rows, key=unlike)
 
 
-def _sampled(config: ModelConfig, *, discrete: bool) -> ModelConfig:
-    """The same model with the other way to sample the pyramid, under that one's name."""
-    name = config.name.removesuffix("-dsp") + ("-dsp" if discrete else "")
-    sampling: Literal["bilinear", "discrete"] = "discrete" if discrete else "bilinear"
-    return replace(config, name=name, decoder=replace(config.decoder, sampling=sampling))
+def _sampled(config: ModelConfig) -> ModelConfig:
+    """The same model that samples the pyramid at single cells, under that one's name."""
+    name = config.name.removesuffix("-dsp") + "-dsp"
+    return replace(config, name=name, decoder=replace(config.decoder, sampling="discrete"))
 
 
 def _rows() -> Iterator[ModelConfig]:
@@ -278,8 +285,10 @@ def _may_be(row: ModelConfig, settings: Mapping[str, Any]) -> bool:
             shape = (source, bool(settings.get("with_box_refine")), settings.get("num_feature_levels", 4))
             own = (decoder.source, decoder.refine, len(row.strides))
             fits = row.classic and decoder.attention == "deformable" and own == shape
-        case _:
+        case None:
             return not row.classic
+        case _:
+            return not row.classic and not row.name.startswith("deim-")
     backbone = {**(settings.get("backbone_kwargs") or {}), **(settings.get("backbone_config") or {})}
     return fits and row.backbone.dilated == (bool(settings.get("dilation")) or backbone.get("output_stride") == 16)
 
