@@ -14,6 +14,7 @@ from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
 from finedetr.model.layers import focal_bias
 from finedetr.model.weights import Card, load_weights, read_card, save_weights, transfer_weights
+from tests.model.classic import random_detector, small
 from tests.model.test_detector import tiny
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -105,6 +106,18 @@ def test_classes_are_carried_over_by_name_and_new_ones_start_at_the_prior(tmp_pa
     assert head.bias[1].item() == pytest.approx(focal_bias())
     assert torch.equal(detector.label_embedding.weight[[0, 2, 3]], source.label_embedding.weight[[3, 1, 5]])
     assert torch.equal(detector.backbone.stem.stem1.conv.weight, source.backbone.stem.stem1.conv.weight)
+
+
+def test_what_ranks_the_proposals_of_all_classes_is_kept_whatever_the_classes(tmp_path: Path) -> None:
+    source = random_detector(small("deformable-detr-r50-two-stage", layers=1, encoders=1))
+    path = save_weights(tmp_path / "best.safetensors", source, Card(source.config, NAMES, (1, 2, 3, 4, 5)))
+    target = Detector(source.config, 3)
+    transfer_weights(target, ("dog", "fox", "ant"), path)
+    for row in ("weight", "bias"):
+        mine, theirs = (getattr(detector.selection.score_head, row) for detector in (target, source))
+        assert torch.equal(mine[0], theirs[0])
+    head, old = target.decoder.score_heads[0], source.decoder.score_heads[0]
+    assert torch.equal(head.weight[[0, 2]], old.weight[[3, 0]])
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

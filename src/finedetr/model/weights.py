@@ -259,6 +259,7 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     source = dict(enumerate(match_names(names, card.names)))
     here = [index for index, row in source.items() if row is not None]
     there = [row for row in source.values() if row is not None]
+    objects = detector.config.decoder.source == "proposals"  # row 0 of the encoder's head stands for all classes
     skipped = []
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
@@ -271,6 +272,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
                 if key.endswith("bias"):
                     tensor.fill_(focal_bias())
                 tensor[here] = given[there].to(tensor)
+                if objects and key.startswith("selection"):
+                    tensor[0] = given[0].to(tensor)
                 if key.startswith("label_embedding"):
                     tensor[-1] = given[-1].to(tensor)
             elif given.shape != tensor.shape:
