@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,19 @@ def test_the_name_of_a_file_tells_deim_from_d_fine(tmp_path: Path) -> None:
         card = read_card(tmp_path / name)
         assert card.config == ZOO[model]
         assert card.names == ("class 0", "class 1", "class 2")
+
+
+def test_what_bins_mean_is_read_of_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    row = variant("dfine-n")
+    wide = Detector(replace(row, decoder=replace(row.decoder, scale=8.0, up=0.25)), 2).eval()
+    randomize(wide)
+    torch.save({"model": official(wide)}, tmp_path / "n.pth")
+    loaded, card = load_weights(tmp_path / "n.pth")
+    assert (card.config.decoder.scale, card.config.decoder.up) == (8.0, 0.25)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images).matching.boxes, wide(images).matching.boxes)
 
 
 def test_no_name_of_a_folder_above_decides(tmp_path: Path) -> None:

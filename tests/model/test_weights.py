@@ -77,6 +77,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
+def test_bins_that_are_not_those_of_the_card_are_refused(tmp_path: Path) -> None:
+    path, _, card = saved(tmp_path)
+    state = load_file(path)
+    state["decoder.bin_table.reg_scale"] = torch.tensor([8.0])
+    save_file(state, path, metadata={"finedetr": card.to_json()})
+    with pytest.raises(ModelError, match=r"reg_scale is 8, the card says 4"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

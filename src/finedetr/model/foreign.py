@@ -78,6 +78,7 @@ def read_foreign(path: Path) -> Foreign:
     config, state, used = _fit(given, names_of, _likely_first(rows, given, title), path)
     if settings.get("decoder_method") == "discrete":
         config = _sampled(config)
+    config = _with_bins(config, state)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
     unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
@@ -262,6 +263,14 @@ def _sampled(config: ModelConfig) -> ModelConfig:
     """The same model that samples the pyramid at single cells, under that one's name."""
     name = config.name.removesuffix("-dsp") + "-dsp"
     return replace(config, name=name, decoder=replace(config.decoder, sampling="discrete"))
+
+
+def _with_bins(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
+    """The same model, whose bins mean what the file says: `reg_scale` and `up` are numbers of the weights."""
+    if config.decoder.boxes == "plain":
+        return config
+    scale, up = (float(state[f"decoder.bin_table.{name}"]) for name in ("reg_scale", "up"))
+    return replace(config, decoder=replace(config.decoder, scale=scale, up=up))
 
 
 def _rows() -> Iterator[ModelConfig]:
