@@ -15,7 +15,7 @@ from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import read_foreign
-from finedetr.model.transformers import transformers_config, write_transformers
+from finedetr.model.transformers import has_twin, to_transformers, transformers_config, write_transformers
 from finedetr.model.weights import load_weights, read_card, transfer_weights
 from finedetr.model.zoo import ZOO, variant
 from tests.model.oracle import assert_same_answers, official, pair, randomize
@@ -297,6 +297,74 @@ def test_discrete_sampling_is_known_by_the_name_of_a_file_and_by_transformers_co
     assert transfer_weights(fresh, ("class 0", "class 1"), tmp_path / "r18.pth").skipped == ()
     offsets = "decoder.layers.0.cross_attention.sampling_offsets.bias"
     assert torch.equal(fresh.state_dict()[offsets], twin.state_dict()[offsets])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoder_activation_function", "silu"),
+        ("encoder_activation_function", "relu"),
+        ("activation_function", "relu"),
+        ("decoder_attention_heads", 4),
+        ("positional_encoding_temperature", 20),
+        ("decoder_n_points", [4, 8]),
+    ],
+)
+def test_a_configuration_that_no_tensor_shows_is_refused(
+    tmp_path: Path, hf: dict[str, torch.Tensor], key: str, value: object
+) -> None:
+    save_file(hf, tmp_path / "model.safetensors")
+    settings = transformers_config(variant("dfine-n"), ("a", "b"))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_card(tmp_path).config == variant("dfine-n")
+    (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(ModelError, match=rf"{key} is .*; its config\.json says {re.escape(repr(value))}"):
+        read_card(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hf() -> dict[str, torch.Tensor]:
+    """The tensors of dfine-n as transformers has them."""
+    state = to_transformers(Detector(variant("dfine-n"), 2).state_dict(), variant("dfine-n"))
+    return {key: value.clone() for key, value in state.items() if key.startswith("model.")}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change"),
+    [
+        ("dfine-n", "decoder", {"sampling": "discrete"}),
+        ("dfine-n", "decoder", {"gateway": False}),
+        ("dfine-n", "decoder", {"refine": False}),
+        ("dfine-n", "decoder", {"position_limit": None}),
+        ("dfine-n", "backbone", {"name": "vit-tiny", "stages": (2, 3)}),
+        ("rtdetrv2-r18", "decoder", {"points": (4, 4, 2)}),
+        ("rtdetrv2-r18", "decoder", {"look_twice": False}),
+        ("rtdetrv2-r18", "encoder", {"depth": 0.34}),
+        ("rtdetrv2-r18", "backbone", {"name": "resnet50"}),
+    ],
+)
+def test_what_transformers_configuration_cannot_say_is_not_written(
+    name: str, part: str, change: dict[str, object]
+) -> None:
+    row = variant(name)
+    assert has_twin(row)
+    config = replace(row, **{part: replace(getattr(row, part), **change)})
+    with pytest.raises(ModelError, match="no model like"):
+        transformers_config(config, ("a",))
+
+
+def test_heads_and_bins_are_told_to_transformers() -> None:
+    row = variant("dfine-n")
+    config = replace(row, decoder=replace(row.decoder, heads=4, up=0.25), encoder=replace(row.encoder, heads=2))
+    settings = transformers_config(config, ("a",))
+    assert (settings["decoder_attention_heads"], settings["encoder_attention_heads"], settings["up"]) == (4, 2, 0.25)
+
+
+def test_every_row_is_written_that_was_published_for_transformers() -> None:
+    written = {name for name, config in ZOO.items() if has_twin(config)}
+    assert written == {*(f"dfine-{size}" for size in "nsmlx")} | {
+        f"rtdetrv2-{size}{sampling}" for size in ("r18", "r34", "r50-m", "r50", "r101") for sampling in ("", "-dsp")
+    } - {"rtdetrv2-r101-dsp"}
 
 
 def test_transformers_has_no_deim(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.foreign_names import look_up, official_names, transformers_names
 from finedetr.model.resnet import RESNETS
+from finedetr.model.transformers import unshaped
 from finedetr.model.zoo import ZOO
 
 __all__ = ["Foreign", "is_foreign", "read_foreign", "read_official"]
@@ -79,6 +80,8 @@ def read_foreign(path: Path) -> Foreign:
     if settings.get("decoder_method") == "discrete":
         config = _sampled(config)
     config = _with_bins(config, state)
+    if names_of is transformers_names:
+        _check_settings(config, settings, path)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
     unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
@@ -263,6 +266,20 @@ def _sampled(config: ModelConfig) -> ModelConfig:
     """The same model that samples the pyramid at single cells, under that one's name."""
     name = config.name.removesuffix("-dsp") + "-dsp"
     return replace(config, name=name, decoder=replace(config.decoder, sampling="discrete"))
+
+
+def _check_settings(config: ModelConfig, settings: Mapping[str, Any], path: Path) -> None:
+    """Holds a configuration of transformers to the model in what decides answers and no shape."""
+    for key, wanted in unshaped(config).items():
+        given = settings.get(key, wanted)
+        if isinstance(wanted, list) and isinstance(given, int):
+            given = [given] * len(wanted)
+        if given != wanted:
+            raise ModelError(
+                f"{path} looks like {config.name}, for which {key} is {wanted!r}; its config.json says {given!r}",
+                code="mismatch",
+                hint="Only what answers as the published model does is read.",
+            )
 
 
 def _with_bins(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
