@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finedetr.errors import DataError
+from finedetr.errors import ConfigError, DataError
+from finedetr.model.backbones import build_backbone
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.encoders import sine_positions
@@ -55,6 +56,27 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     parameters = list(detector.parameters())
     assert sum(p.numel() for p in parameters) == COUNTS[name][0]
     assert sum(p.numel() for p in parameters if p.requires_grad) == COUNTS[name][1]
+
+
+def test_frozen_stages_of_an_hgnet_are_at_rest() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig("B0", freeze_stem=True, freeze_stages=2))
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(("stem.", "stages.0.", "stages.1.")), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BackboneConfig("B0", dilated=True), "dilated: B0 cannot be"),
+        (BackboneConfig("vit-tiny", dilated=True), "dilated: vit-tiny cannot be"),
+        (BackboneConfig("vit-tiny", freeze_norm=True), "(?s)vit-tiny has no stem.*--freeze backbone"),
+        (BackboneConfig("dinov3-s", freeze_stages=1), "dinov3-s has no stem"),
+    ],
+)
+def test_a_backbone_that_cannot_be_as_it_is_wanted_is_refused(config: BackboneConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(config)
 
 
 def test_every_row_of_the_zoo_carries_its_own_name() -> None:
