@@ -12,6 +12,7 @@ from finedetr.model.backbones import build_backbone
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.encoders import sine_positions
+from finedetr.model.layers import kept
 from finedetr.model.postprocess import top_detections
 from finedetr.model.zoo import ZOO, variant
 from finedetr.records import QueryGroup
@@ -225,18 +226,29 @@ def test_folding_the_learnable_affine_into_the_norm_changes_nothing() -> None:
         torch.testing.assert_close(buffer, results[1][2][name], msg=name)
 
 
-def test_tables_of_a_size_are_built_once() -> None:
-    detector = tiny().eval()
-    detector(torch.rand(1, 3, 64, 96))
-    before = [id(t) for t in detector.encoder._positions.values()]
-    detector(torch.rand(1, 3, 64, 96))
-    assert [id(t) for t in detector.encoder._positions.values()] == before
-    assert len(detector.selection._tables) == 1
+def test_tables_are_built_once_and_no_more_than_64_are_kept() -> None:
+    built: list[int] = []
+
+    @kept
+    def table(number: int) -> torch.Tensor:
+        built.append(number)
+        return torch.ones(number)
+
+    with torch.inference_mode():
+        first = table(1)
+    assert not first.is_inference()
+    assert table(1) is first
+    for number in range(2, 66):
+        table(number)
+    assert table(1) is not first
+    assert built == [*range(1, 66), 1]
+    cpu = torch.device("cpu")
+    assert sine_positions(2, 3, 8, cpu) is sine_positions(2, 3, 8, cpu)
 
 
 def test_positions_equal_the_published_golden_values() -> None:
     # spec 1.3, for w = 3, h = 2 and 8 channels: its t1 is one step along the official grid's h, t2 one along its w
-    table = sine_positions(2, 3, 8).view(2, 3, 8)
+    table = sine_positions(2, 3, 8, torch.device("cpu")).view(2, 3, 8)
     golden = torch.tensor([0.84147, 0.0099998, 0.54030, 0.99995])
     torch.testing.assert_close(table[1, 0], torch.cat((golden, torch.tensor([0.0, 0.0, 1.0, 1.0]))), atol=1e-5, rtol=0)
     torch.testing.assert_close(table[0, 1], torch.cat((torch.tensor([0.0, 0.0, 1.0, 1.0]), golden)), atol=1e-5, rtol=0)
@@ -253,7 +265,7 @@ def test_top_detections_are_flat_over_queries_and_classes() -> None:
 
 
 def test_as_many_detections_are_kept_as_there_are_queries_beyond_300() -> None:
-    for queries, kept in ((200, 300), (400, 400)):
+    for queries, count in ((200, 300), (400, 400)):
         logits, boxes = torch.zeros(1, queries, 2), torch.zeros(1, queries, 4)
-        assert top_detections(logits, boxes)[0].shape == (1, kept)
+        assert top_detections(logits, boxes)[0].shape == (1, count)
     assert top_detections(logits, boxes, k=350)[0].shape == (1, 350)

@@ -165,6 +165,19 @@ def test_boxes_of_points_begin_small_only_where_the_host_has_them_so() -> None:
             torch.testing.assert_close(start, torch.full_like(start, 0.5))
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_training_goes_on_after_inference_at_a_new_size(name: str) -> None:
+    detector = random_detector(host(name, "plain"))
+    images = torch.rand(1, 3, 96, 160)  # no other test has built its tables
+    with torch.inference_mode():
+        detector(images)
+    answers = detector.train()(images).matching
+    (answers.logits.sum() + answers.boxes.sum()).backward()
+    gradient = next(detector.encoder.input_proj[0].parameters()).grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+
+
 def test_dropout_is_for_training() -> None:
     detector = random_detector(host("conditional-detr-r50-dc5", "plain"))
     images = torch.rand(1, 3, 64, 64)

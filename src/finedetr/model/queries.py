@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
-from finedetr.model.layers import MLP, focal_bias
+from finedetr.model.layers import MLP, focal_bias, kept
 from finedetr.model.sines import sine_code
 
 __all__ = ["Answer", "LearnedAnchors", "LearnedPoints", "Queries", "QuerySelection", "anchor_table", "build_queries"]
@@ -36,8 +36,12 @@ class Queries:
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
 
 
+_SIDE, _MARGIN = 0.05, 0.01
+
+
+@kept
 def anchor_table(
-    shapes: tuple[tuple[int, int], ...], side: float = 0.05, margin: float = 0.01
+    shapes: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Float[Tensor, "T 4"], Bool[Tensor, "T 1"]]:
     """Logits of one anchor a cell, row after row, level after level, and which of them are usable.
 
@@ -48,10 +52,10 @@ def anchor_table(
     for level, (height, width) in enumerate(shapes):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         center = torch.stack(((x + 0.5) / width, (y + 0.5) / height), dim=-1).float()
-        anchors.append(torch.cat((center, torch.full_like(center, side * 2.0**level)), dim=-1).flatten(0, 1))
+        anchors.append(torch.cat((center, torch.full_like(center, _SIDE * 2.0**level)), dim=-1).flatten(0, 1))
     table = torch.cat(anchors)
-    usable = ((table > margin) & (table < 1 - margin)).all(dim=-1, keepdim=True)
-    return torch.log(table / (1 - table)).masked_fill(~usable, torch.inf), usable
+    usable = ((table > _MARGIN) & (table < 1 - _MARGIN)).all(dim=-1, keepdim=True)
+    return torch.log(table / (1 - table)).masked_fill(~usable, torch.inf).to(device), usable.to(device)
 
 
 class QuerySelection(nn.Module):
@@ -77,11 +81,10 @@ class QuerySelection(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
         nn.init.constant_(self.score_head.bias, focal_bias())
         self.box_head.zero_last()
-        self._tables: dict[tuple[tuple[tuple[int, int], ...], torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch; at most as many as the pyramid has cells."""
-        anchors, usable = self._table(shapes, memory.device)
+        anchors, usable = anchor_table(shapes, memory.device)
         memory = memory.masked_fill(~usable, 0.0)
         # Ranking needs no gradient. Only the chosen tokens go through the heads a second time, with one: the same
         # gradient as through all tokens, for a fraction of the backward pass.
@@ -112,20 +115,10 @@ class QuerySelection(nn.Module):
         self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B Q"]
     ) -> Float[Tensor, "B Q D"]:
         """What queries of given cells start with; like the own ones, without gradient."""
-        usable = self._table(shapes, memory.device)[1]
+        usable = anchor_table(shapes, memory.device)[1]
         chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
         content: Tensor = self.norm(self.proj(chosen))
         return content
-
-    def _table(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (shapes, device)
-        table = self._tables.get(key)
-        if table is None:
-            anchors, usable = anchor_table(shapes)
-            table = anchors.to(device), usable.to(device)
-            if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
-                self._tables[key] = table
-        return table
 
 
 class LearnedPoints(nn.Module):

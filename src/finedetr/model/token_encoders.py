@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finedetr.model.attention import DeformableAttention, SelfAttention
 from finedetr.model.config import EncoderConfig
-from finedetr.model.layers import MLP, activation
+from finedetr.model.layers import MLP, activation, kept
 from finedetr.model.sines import SineMap
 
 __all__ = ["DeformableEncoder", "EncoderLayer", "SingleEncoder"]
@@ -179,6 +179,7 @@ class DeformableEncoder(nn.Module):
         return as_maps(tokens, shapes)
 
 
+@kept
 def _centers(height: int, width: int, device: torch.device) -> Float[Tensor, "T 2"]:
     """(x, y) of every cell's center, line after line."""
     rows = (torch.arange(height, device=device) + 0.5) / height
