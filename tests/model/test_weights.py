@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finedetr.errors import ModelError
+from finedetr.errors import ModelError, UsageError
 from finedetr.model.detector import Detector
 from finedetr.model.layers import focal_bias
 from finedetr.model.weights import Card, load_weights, read_card, save_weights, transfer_weights
@@ -127,6 +127,37 @@ def test_what_ranks_the_proposals_of_all_classes_is_kept_whatever_the_classes(tm
         assert torch.equal(mine[0], theirs[0])
     head, old = target.decoder.score_heads[0], source.decoder.score_heads[0]
     assert torch.equal(head.weight[[0, 2]], old.weight[[3, 0]])
+
+
+def test_what_is_frozen_or_dropped_in_training_is_no_part_of_the_model(tmp_path: Path) -> None:
+    source = random_detector(small("conditional-detr-r50", layers=1, encoders=1))
+    config = source.config
+    path = save_weights(tmp_path / "best.safetensors", source, Card(config, NAMES, (1, 2, 3, 4, 5)))
+    other = replace(
+        config,
+        backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False, freeze_stages=0),
+        encoder=replace(config.encoder, dropout=0.0),
+        decoder=replace(config.decoder, dropout=0.0),
+    )
+    assert transfer_weights(Detector(other, 5), NAMES, path).skipped == ()
+
+
+@pytest.mark.parametrize("host", ["conditional-detr-r50", "dab-detr-r50", "deformable-detr-r50", "dino-r50"])
+def test_learned_queries_are_as_many_as_in_the_weights(tmp_path: Path, host: str) -> None:
+    source = random_detector(small(host, layers=1, encoders=1))
+    path = save_weights(tmp_path / "best.safetensors", source, Card(source.config, NAMES, (1, 2, 3, 4, 5)))
+    assert load_weights(path, queries=7)[1].config == source.config
+    with pytest.raises(UsageError, match=r"whose 7 queries are learned one by one; 9 came"):
+        load_weights(path, queries=9)
+    more = Detector(replace(source.config, decoder=replace(source.config.decoder, queries=9)), 5)
+    with pytest.raises(ModelError, match=r"decoder\.queries 7 -> 9"):
+        transfer_weights(more, NAMES, path)
+
+
+def test_chosen_queries_are_as_many_as_one_likes(tmp_path: Path) -> None:
+    source = random_detector(small("deformable-detr-r50-two-stage", layers=1, encoders=1))
+    path = save_weights(tmp_path / "best.safetensors", source, Card(source.config, NAMES, (1, 2, 3, 4, 5)))
+    assert load_weights(path, queries=9)[0](torch.rand(1, 3, 64, 64)).matching.boxes.shape[2] == 9
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

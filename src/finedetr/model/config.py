@@ -102,6 +102,11 @@ class DecoderConfig:
         return "relu" if self.activation == "prelu" else self.activation
 
     @property
+    def queries_are_learned(self) -> bool:
+        """Whether each query has tensors of its own, so that their number belongs to the weights."""
+        return self.source not in ("tokens", "proposals")
+
+    @property
     def boxes_are_queries(self) -> bool:
         """Whether a box and a label make a query, as denoising has them; otherwise queries bring their positions."""
         return self.source in ("tokens", "anchors", "mixed")

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from finedetr._version import __version__
-from finedetr.errors import ModelError, did_you_mean
+from finedetr.errors import ModelError, UsageError, did_you_mean
 from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
@@ -190,15 +190,23 @@ def load_weights(
     Args:
         path: A file of ours or of somebody else's.
         device: Where it shall be.
-        queries: Another number of queries than it was trained with: no tensor depends on it.
+        queries: Another number of queries than it was trained with, for a model that chooses its queries.
 
     Raises:
+        UsageError: Another number of queries is asked of a model that has learned them, one by one.
         ModelError: The file is absent, unreadable, carries no card, or does not fit its own card; every missing,
             unexpected or misshapen tensor is named.
     """
     path = Path(path)
     card, state = _read(path)
     if queries is not None:
+        if card.config.decoder.queries_are_learned and queries != card.config.decoder.queries:
+            raise UsageError(
+                f"{path} holds {card.config.name}, whose {card.config.decoder.queries} queries are learned one by one; "
+                f"{queries} came",
+                code="conflict",
+                hint="Leave --queries out, or use a model that chooses its queries: dfine, deim, deimv2 or rtdetrv2.",
+            )
         card = replace(card, config=replace(card.config, decoder=replace(card.config.decoder, queries=queries)))
     detector = Detector(card.config, len(card.names))
     own = detector.state_dict()
@@ -251,8 +259,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights, but for the number of queries, how the
-            pyramid is sampled, and what is frozen.
+        detector: Changed in place; its model must be the one of the weights, but for the number of queries where they
+            are chosen, how the pyramid is sampled, dropout, and what is frozen.
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -295,14 +303,20 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
 
 
 def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
-    """Weights may start a model that differs in what no tensor depends on: queries, sampling, what is frozen."""
+    """Weights may start a model that differs in what no tensor depends on, or only how it is trained.
+
+    That is the number of queries where they are chosen, sampling, dropout, and what is frozen.
+    """
 
     def essence(config: ModelConfig) -> ModelConfig:
+        decoder = config.decoder
+        queries = decoder.queries if decoder.queries_are_learned else 300
         return replace(
             config,
             name="",
-            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
-            decoder=replace(config.decoder, queries=300, sampling="bilinear"),
+            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False, freeze_stages=0),
+            encoder=replace(config.encoder, dropout=0.0),
+            decoder=replace(decoder, queries=queries, sampling="bilinear", dropout=0.0),
         )
 
     if essence(given) == essence(wanted):
