@@ -104,6 +104,18 @@ _RESNET_TO_OFFICIAL: Rules = (
     (r"^backbone\.stages\.0\.(\d+)\.shortcut\.", r"backbone.res_layers.0.blocks.\1.short."),
     (r"^backbone\.stages\.(\d+)\.(\d+)\.shortcut\.", r"backbone.res_layers.\1.blocks.\2.short.conv."),
 )
+_RESNET_TO_TORCHVISION: Rules = (
+    (r"^backbone\.stem\.0\.conv\.", "backbone.conv1."),
+    (r"^backbone\.stem\.0\.norm\.", "backbone.bn1."),
+    (r"^(backbone\.stages\..*)\.shortcut\.conv\.", r"\1.downsample.0."),
+    (r"^(backbone\.stages\..*)\.shortcut\.norm\.", r"\1.downsample.1."),
+    *(  # blocks and stages count from 0 here
+        (rf"^(backbone\.stages\..*)\.convs\.{conv}\.{ours}\.", rf"\1.{theirs}{conv + 1}.")
+        for conv in range(3)
+        for ours, theirs in (("conv", "conv"), ("norm", "bn"))
+    ),
+    *((rf"^backbone\.stages\.{stage}\.", f"backbone.layer{stage + 1}.") for stage in range(4)),
+)
 _HGNET_TO_OFFICIAL: Rules = (
     (r"^(backbone\..*)\.norm\.", r"\1.bn."),
     (r"^(backbone\..*)\.affine\.", r"\1.lab."),
@@ -197,7 +209,7 @@ def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:
 
 def _backbone_rules(name: str) -> Rules:
     if name in RESNETS:
-        return _RESNET_TO_OFFICIAL
+        return _RESNET_TO_TORCHVISION if RESNETS[name].plain else _RESNET_TO_OFFICIAL
     if name not in VITS:
         return _HGNET_TO_OFFICIAL
     gated = _GATED_VIT_TO_OFFICIAL if VITS[name].gated else ()

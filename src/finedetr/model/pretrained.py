@@ -1,4 +1,4 @@
-"""Official files of a backbone alone (HGNetv2, ResNet-vd, ViT): into the backbone of a new detector."""
+"""Official files of a backbone alone (HGNetv2, ResNet-vd, torchvision's ResNet, ViT): into that of a new detector."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from finedetr.model.detector import Detector
 from finedetr.model.foreign import read_official
 from finedetr.model.foreign_names import inside_official, look_up, official_names
 from finedetr.model.hgnet import HGNETS
+from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import AdaptedViT
 
 __all__ = ["load_backbone", "official_file"]
 
-_CONSTANT = ("num_batches_tracked", "bias_mask")
+_UNUSED = ("num_batches_tracked", "bias_mask")
+_CLASSIFIER = ("fc.weight", "fc.bias")  # of torchvision's files
 _STORAGE = "github.com/{}/storage/releases/download/{}/"
 _RESNETS = {
     "R18": "ResNet18_vd_pretrained_from_paddle.pth",
@@ -25,12 +27,15 @@ _RESNETS = {
     "R50": "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
     "R101": "ResNet101_vd_ssld_pretrained_from_paddle.pth",
 }
+_TORCHVISION = {"resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}  # its first weights
 
 
 def official_file(backbone: str) -> str:
     """Where the authors keep the weights of a backbone (spec 1.1, 1.2); empty where they keep none."""
     if re.fullmatch(r"B\d", backbone) and backbone in HGNETS:
         return _STORAGE.format("Peterande", "dfinev1.0") + f"PPHGNetV2_{backbone}_stage1.pth"
+    if backbone in _TORCHVISION:
+        return f"download.pytorch.org/models/{_TORCHVISION[backbone]}"
     return _STORAGE.format("lyuwenyu", "v0.1") + _RESNETS[backbone] if backbone in _RESNETS else ""
 
 
@@ -65,7 +70,8 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
             faults.append(
                 f"{names[0].removeprefix(prefix)} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
             )
-    rest = [key.removeprefix(prefix) for key in given if key not in used and not key.endswith(_CONSTANT)]
+    unused = (*_UNUSED, *_CLASSIFIER) if name in RESNETS and RESNETS[name].plain else _UNUSED
+    rest = [key.removeprefix(prefix) for key in given if key not in used and not key.endswith(unused)]
     beyond = [key for key in rest if _stage(key) >= stages]
     faults += [f"left over {key}" for key in rest if key not in beyond]
     if faults:
@@ -84,5 +90,7 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
 
 def _stage(key: str) -> int:
     """Which stage a tensor belongs to; -1: none."""
-    found = re.match(r"(?:stages|res_layers)\.(\d+)\.", key)
-    return int(found[1]) if found else -1
+    found = re.match(r"(?:stages|res_layers)\.(\d+)\.|layer(\d)\.", key)
+    if found is None:
+        return -1
+    return int(found[1]) if found[1] else int(found[2]) - 1
