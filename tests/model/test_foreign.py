@@ -405,6 +405,20 @@ def test_objects365_weights_start_a_coco_detector_row_by_row(tmp_path: Path) -> 
     assert len(transfer.rows()) == 80 + 1
 
 
+def test_tensors_that_are_none_are_named_and_no_traceback(tmp_path: Path) -> None:
+    state = official(Detector(variant("dfine-n"), 2))
+    changes = {
+        "decoder.enc_score_head.weight": (torch.tensor(1.0), "fits no model"),
+        "decoder.decoder.layers.0.self_attn.in_proj_weight": (torch.tensor(1.0), r"in_proj_weight is \(\)"),
+        "decoder.decoder.layers.0.self_attn.in_proj_bias": (torch.zeros(5), r"in_proj_bias is \(2,\), expected"),
+        "decoder.reg_scale": (torch.zeros(1).to_sparse(), "reg_scale is sparse"),
+    }
+    for key, (tensor, message) in changes.items():
+        torch.save({"model": {**state, key: tensor}}, tmp_path / "dfine_n.pth")
+        with pytest.raises(ModelError, match=message):
+            read_foreign(tmp_path / "dfine_n.pth")
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     state = official(Detector(variant("dfine-n"), 80))
     lacking = {key: value for key, value in state.items() if "gateway.gate" not in key}

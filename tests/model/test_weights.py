@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from finedetr.model.weights import Card, load_weights, read_card, save_weights, 
 from tests.model.classic import random_detector, small
 from tests.model.test_detector import tiny
 
+TINY = {"name": "tiny", "backbone": {"stages": (2, 3)}, "decoder": {"points": (3, 3)}}
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 
 
@@ -93,12 +95,59 @@ def test_bins_that_are_not_those_of_the_card_are_refused(tmp_path: Path) -> None
         ({"nmaes": []}, "Did you mean names"),
         ({"size": 640}, "a list was expected"),
         ({"category_ids": [1]}, "one category id for each class name"),
+        ({"names": [], "category_ids": []}, "at least one class"),
+        ({"names": [1, 2, 3, 4, 5]}, "names: text was expected, got 1"),
+        ({"size": ["a", "b"]}, "size: a whole number was expected, got 'a'"),
+        ({"size": [0, 5]}, "a size of at least 1"),
+        ({"mean": [0.5]}, "mean: a list of 3 was expected"),
+        ({"metrics": 5}, "metrics: a table was expected"),
+        ({"metrics": {"AP": "x"}}, "metrics.AP: a number was expected"),
+        ({"schema": "x"}, "schema x"),
+        ({"config": {**TINY, "decoder": {"layers": "3"}}}, "decoder.layers: a whole number was expected, got '3'"),
+        ({"config": {**TINY, "decoder": {"heads": 0}}}, "decoder.heads: at least 1 is wanted, 0 came"),
+        ({"config": {**TINY, "decoder": {"layers": 0}}}, "decoder.layers: at least 1 is wanted, 0 came"),
+        ({"config": {**TINY, "decoder": {"points": [3, 0]}}}, "one point of each"),
+        ({"config": {**TINY, "decoder": {"gateway": 1}}}, "decoder.gateway: true or false was expected, got 1"),
+        ({"config": {**TINY, "decoder": {"scale": True}}}, "decoder.scale: a number was expected, got True"),
+        ({"config": {**TINY, "decoder": {"source": "foo"}}}, "source: one of 'tokens', .* was expected, got 'foo'"),
+        ({"config": {**TINY, "decoder": {"norm": "foo"}}}, "norm: one of"),
+        ({"config": {**TINY, "encoder": {"fusion": "foo"}}}, "fusion: one of"),
+        ({"config": {**TINY, "backbone": {"stages": ["a"]}}}, "stages: a whole number was expected"),
+        ({"config": {**TINY, "backbone": {"stages": []}}}, "at least one of backbone.stages"),
     ],
 )
 def test_a_card_that_cannot_be_read_says_why(change: dict[str, object], message: str) -> None:
     document = json.loads(Card(tiny().config, NAMES, (1, 2, 3, 4, 5)).to_json())
     with pytest.raises(ModelError, match=message):
         Card.from_json(json.dumps({**document, **change}))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "[" * 100_000, "{}"])
+def test_a_card_that_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ModelError, match="the card is"):
+        Card.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"), [({"name": "foo"}, "no backbone is called 'foo'"), ({"stages": (2, 9)}, r"in 0\.\.3")]
+)
+def test_a_card_of_a_backbone_that_is_none_is_an_error_of_the_file(
+    tmp_path: Path, backbone: dict[str, Any], message: str
+) -> None:
+    path, _, card = saved(tmp_path)
+    config = replace(card.config, backbone=replace(card.config.backbone, **backbone))
+    save_file(load_file(path), path, metadata={"finedetr": replace(card, config=config).to_json()})
+    with pytest.raises(ModelError, match=message):
+        load_weights(path)
+
+
+def test_class_rows_that_do_not_fit_their_card_start_nothing(tmp_path: Path) -> None:
+    path, source, card = saved(tmp_path)
+    state = load_file(path)
+    state["selection.score_head.weight"] = torch.zeros(2, 32)
+    save_file(state, path, metadata={"finedetr": card.to_json()})
+    with pytest.raises(ModelError, match=r"score_head\.weight is \(2, 32\), expected \(5, 32\)"):
+        transfer_weights(Detector(source.config, 3), ("dog", "eel", "ant"), path)
 
 
 def test_classes_are_carried_over_by_name_and_new_ones_start_at_the_prior(tmp_path: Path) -> None:

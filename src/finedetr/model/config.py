@@ -112,6 +112,9 @@ class DecoderConfig:
         return self.source in ("tokens", "anchors", "mixed")
 
 
+_AT_LEAST_ONE = ("width", "feedforward", "layers", "heads", "queries")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole detector. The number of classes and the input size are not part of it."""
@@ -144,6 +147,17 @@ class ModelConfig:
         return tuple(16 if dilated and stage == 3 else 4 * 2**stage for stage in self.backbone.stages)
 
     def __post_init__(self) -> None:
+        for part, names in (("encoder", ("width", "feedforward", "heads")), ("decoder", _AT_LEAST_ONE)):
+            for name in names:
+                value = getattr(getattr(self, part), name)
+                if value < 1:
+                    raise ConfigError(f"{part}.{name}: at least 1 is wanted, {value} came", code="range")
+        if not self.backbone.stages or min(self.decoder.points, default=0) < 1:
+            raise ConfigError(
+                "at least one of backbone.stages, and one point of each of decoder.points, are wanted; "
+                f"got {self.backbone.stages} and {self.decoder.points}",
+                code="range",
+            )
         if self.encoder.fusion == "lite" and len(self.backbone.stages) != 1:
             raise ConfigError(f"the lite encoder reads one stage of the backbone; got {self.backbone.stages}")
         single = self.decoder.attention == "conditional" or self.encoder.fusion == "single"
@@ -158,8 +172,6 @@ class ModelConfig:
                 f"decoder.points names {len(self.decoder.points)} levels, the pyramid has {len(self.strides)}; "
                 "give one number of points for each level"
             )
-        if self.decoder.queries < 1:
-            raise ConfigError(f"decoder.queries: at least 1 is wanted, {self.decoder.queries} came", code="range")
         answering = self.decoder.answering
         if answering is not None and not 1 <= answering <= self.decoder.layers:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")

@@ -22,7 +22,7 @@ from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import look_up, official_names, transformers_names
+from finedetr.model.foreign_names import gather, official_names, transformers_names
 from finedetr.model.resnet import RESNETS
 from finedetr.model.transformers import unshaped
 from finedetr.model.zoo import ZOO
@@ -69,7 +69,7 @@ def read_foreign(path: Path) -> Foreign:
     """
     folder = _hub_folder(path)
     settings = _settings(folder) if folder is not None else {}
-    names_of: Callable[[str, ModelConfig], tuple[str, ...]]
+    names_of: Callable[..., tuple[str, ...]]  # of a key and a configuration
     if folder is not None and "model_type" in settings:
         given, names_of = _read_transformers(folder, settings), transformers_names
     else:
@@ -171,13 +171,16 @@ def read_official(path: Path) -> dict[str, Tensor]:
         for key in step:
             found = found.get(key) if isinstance(found, Mapping) else None
         if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+            strange = [key for key, value in found.items() if value.layout != torch.strided or value.is_quantized]
+            if strange:
+                raise ModelError(f"{path}: {strange[0]} is sparse or quantized; plain tensors are read", code="schema")
             return {str(key).removeprefix("module."): value for key, value in found.items()}
     raise ModelError(f"{path} holds no table of tensors under ema.module, model or at its top", code="schema")
 
 
 def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     labels = settings.get("id2label")
-    if isinstance(labels, Mapping) and len(labels) == count:
+    if isinstance(labels, Mapping) and len(labels) == count and all(key.isdecimal() for key in labels):
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
         # COCO's 91 outputs have ten that stand for nothing, all called "N/A"
         names = tuple(name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names))
@@ -194,7 +197,7 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
 
 def _fit(
     given: Mapping[str, Tensor],
-    names_of: Callable[[str, ModelConfig], tuple[str, ...]],
+    names_of: Callable[..., tuple[str, ...]],
     rows: list[ModelConfig],
     path: Path,
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
@@ -202,29 +205,18 @@ def _fit(
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
     for config in rows:
-        own = _blueprint(config, count)
-        state, used, faults = {}, set(), []
-        for key, tensor in own.items():
-            found = [look_up(given, name) for name in names_of(key, config)]
-            if any(part is None for part in found):
-                if key.endswith("num_batches_tracked") or (config.classic and key.startswith("label_embedding")):
-                    state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                else:
-                    faults.append(f"missing {key}")
-                continue
-            parts = [part for part in found if part is not None]
-            used |= {name for name, _ in parts}
-            joined = torch.cat([value for _, value in parts]) if len(parts) > 1 else parts[0][1]
-            if joined.numel() == tensor.numel() == 1:
-                joined = joined.reshape(tensor.shape)
-            if joined.shape != tensor.shape:
-                faults.append(f"{key} is {tuple(joined.shape)}, expected {tuple(tensor.shape)}")
-            state[key] = joined
-        if not faults:
-            return config, state, used
-        if best is None or len(faults) < best[0]:
-            best = (len(faults), config.name, faults[:3])
-    assert best is not None
+        absent = ("label_embedding",) if config.classic else ()
+        found = gather(_blueprint(config, count), functools.partial(names_of, config=config), given, absent)
+        if not found.faults:
+            return config, found.state, found.used
+        if best is None or len(found.faults) < best[0]:
+            best = (len(found.faults), config.name, found.faults[:3])
+    if best is None:
+        raise ModelError(
+            f"{path} is of no model of `finedetr models`, as its config.json describes it",
+            code="mismatch",
+            hint="Of deformable_detr there are: one stage, with_box_refine, both stages with it; 4 levels or 1.",
+        )
     raise ModelError(
         f"{path} fits no model of `finedetr models`; the closest, {best[1]}, lacks {best[0]} tensors: "
         f"{'; '.join(best[2])}",
@@ -315,26 +307,37 @@ def _may_be(row: ModelConfig, settings: Mapping[str, Any]) -> bool:
             return not row.classic
         case _:
             return not row.classic and not row.name.startswith("deim-")
-    backbone = {**(settings.get("backbone_kwargs") or {}), **(settings.get("backbone_config") or {})}
+    tables = [settings.get(key) for key in ("backbone_kwargs", "backbone_config")]
+    backbone = {key: value for table in tables if isinstance(table, dict) for key, value in table.items()}
     return fits and row.backbone.dilated == (bool(settings.get("dilation")) or backbone.get("output_stride") == 16)
 
 
 def _with_queries(row: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig:
     """The same model with as many queries as the configuration says."""
     count = settings.get("two_stage_num_proposals" if row.decoder.source == "proposals" else "num_queries")
-    return replace(row, decoder=replace(row.decoder, queries=count)) if isinstance(count, int) else row
+    if count is None:
+        return row
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelError(f"config.json: at least 1 query is wanted, {count!r} came", code="schema")
+    return replace(row, decoder=replace(row.decoder, queries=count))
 
 
 def _shape(given: Mapping[str, Tensor]) -> tuple[int, int]:
     """Width and layers of the decoder in a file."""
     layers = {match[1] for key in given if (match := re.match(r"(?:model|decoder)\.decoder\.layers\.(\d+)\.", key))}
-    scores = [given[name] for name in _SCORES if name in given]
-    return (scores[0].shape[-1] if scores else 0), len(layers)
+    scores = _scores(given)
+    return (0 if scores is None else scores.shape[1]), len(layers)
 
 
 def _count_classes(given: Mapping[str, Tensor]) -> int:
-    scores = [given[name] for name in _SCORES if name in given]
-    return len(scores[0]) if scores else len(COCO_NAMES)
+    scores = _scores(given)
+    return len(COCO_NAMES) if scores is None else len(scores)
+
+
+def _scores(given: Mapping[str, Tensor]) -> Tensor | None:
+    """The weights of a class head [C, D], if the file has any."""
+    heads = (given[name] for name in _SCORES if name in given)
+    return next((head for head in heads if head.ndim == 2 and len(head)), None)
 
 
 _TIED = (

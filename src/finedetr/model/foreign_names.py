@@ -6,9 +6,11 @@ One table of renamings for each world, from our names to theirs, applied in orde
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from finedetr.model.classic_names import BACKBONES, FILES, classic_rules
@@ -16,7 +18,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
 
-__all__ = ["inside_official", "look_up", "official_names", "transformers_names"]
+__all__ = ["Gathered", "gather", "inside_official", "look_up", "official_names", "transformers_names"]
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -230,13 +232,59 @@ def _spellings(name: str) -> tuple[str, ...]:
     return (name, *old, file, *timm, name.removeprefix("model.decoder."))
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What a file has of a model of ours."""
+
+    state: dict[str, Tensor]  # under our names
+    used: set[str]  # their names
+    faults: list[str]
+
+
+def gather(
+    own: Mapping[str, Tensor],
+    names_of: Callable[[str], tuple[str, ...]],
+    given: Mapping[str, Tensor],
+    absent: tuple[str, ...] = (),
+) -> Gathered:
+    """Finds every tensor of ours in a file.
+
+    Args:
+        own: Ours, for their shapes.
+        names_of: Where one of them is over there; several are joined.
+        given: The tensors of the file.
+        absent: Beginnings of those that the file may lack, which are zero then; counts of batches always may.
+    """
+    gathered = Gathered({}, set(), [])
+    for key, tensor in own.items():
+        names = names_of(key)
+        found = [part for part in (look_up(given, name) for name in names) if part is not None]
+        if len(found) < len(names):
+            if key.endswith("num_batches_tracked") or key.startswith(absent):
+                gathered.state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            else:
+                gathered.faults.append(f"missing {names[0].partition('@')[0]}")
+            continue
+        gathered.used.update(name for name, _ in found)
+        values = [value for _, value in found]
+        if len(values) == 1 and values[0].numel() == tensor.numel() == 1:
+            values = [values[0].reshape(tensor.shape)]
+        wrong = [value for value in values if value.shape[1:] != tensor.shape[1:] or value.ndim != tensor.ndim]
+        if wrong or sum(len(value) if value.ndim else 1 for value in values) != (len(tensor) if tensor.ndim else 1):
+            said = " and ".join(str(tuple(value.shape)) for value in values)
+            gathered.faults.append(f"{names[0].partition('@')[0]} is {said}, expected {tuple(tensor.shape)}")
+        else:
+            gathered.state[key] = torch.cat(values) if len(values) > 1 else values[0]
+    return gathered
+
+
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
     """A tensor of a file, by any of its spellings; `name@qk` and `name@v` are parts of a joint projection."""
     name, _, part = name.partition("@")
     for spelling in _spellings(name):
         if spelling in given:
             tensor = given[spelling]
-            if part:
+            if part and tensor.ndim:
                 third = tensor.shape[0] // 3
                 tensor = tensor[: 2 * third] if part == "qk" else tensor[2 * third :]
             return spelling, tensor

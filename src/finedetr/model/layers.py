@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finedetr.errors import ConfigError
+
 __all__ = [
     "ACTIVATIONS",
     "MLP",
@@ -218,6 +220,10 @@ class Backbone(nn.Module):
 
     def __init__(self, returned: tuple[int, ...], channels: tuple[int, ...]) -> None:
         super().__init__()
+        if not 0 <= min(returned) <= max(returned) < len(channels):
+            raise ConfigError(
+                f"backbone.stages: numbers in 0..{len(channels) - 1} are wanted, {returned} came", code="range"
+            )
         self.returned = returned
         self.channels = tuple(channels[stage] for stage in returned)
 

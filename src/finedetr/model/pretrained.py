@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import read_official
-from finedetr.model.foreign_names import inside_official, look_up, official_names
+from finedetr.model.foreign_names import gather, inside_official, official_names
 from finedetr.model.hgnet import HGNETS
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import AdaptedViT
@@ -55,25 +54,16 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
         part, own, prefix, stages = backbone.pretrained, "backbone.vit.", inside_official(name), 0
     else:
         part, own, prefix, stages = backbone, "backbone.", "backbone.", len(backbone.stages)
-    given = {prefix + key: tensor for key, tensor in read_official(path).items()}
-    used, faults, state = set(), [], {}
-    for key, tensor in part.state_dict().items():
-        names = official_names(own + key, config)
-        found = [each for each in (look_up(given, theirs) for theirs in names) if each is not None]
-        if len(found) < len(names):
-            if not key.endswith("num_batches_tracked"):
-                faults.append(f"missing {names[0].removeprefix(prefix)}")
-            continue
-        used |= {theirs for theirs, _ in found}
-        state[key] = torch.cat([value for _, value in found]) if len(found) > 1 else found[0][1]
-        if state[key].shape != tensor.shape:
-            faults.append(
-                f"{names[0].removeprefix(prefix)} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-            )
+    given = read_official(path)
+
+    def names_of(key: str) -> tuple[str, ...]:
+        return tuple(theirs.removeprefix(prefix) for theirs in official_names(own + key, config))
+
+    found = gather(part.state_dict(), names_of, given)
     unused = (*_UNUSED, *_CLASSIFIER) if name in RESNETS and RESNETS[name].plain else _UNUSED
-    rest = [key.removeprefix(prefix) for key in given if key not in used and not key.endswith(unused)]
+    rest = [key for key in given if key not in found.used and not key.endswith(unused)]
     beyond = [key for key in rest if _stage(key) >= stages]
-    faults += [f"left over {key}" for key in rest if key not in beyond]
+    faults = found.faults + [f"left over {key}" for key in rest if key not in beyond]
     if faults:
         official = official_file(name)
         raise ModelError(
@@ -82,9 +72,8 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
             code="mismatch",
             hint=f"The official file is {official}" if official else "",
         )
-    with torch.no_grad():
-        part.load_state_dict(state, strict=False)  # counts of batches may be absent, nothing else
-    rows = [("backbone", f"{len(state)} tensors of {path.name}")]
+    part.load_state_dict(found.state)
+    rows = [("backbone", f"{len(found.used)} tensors of {path.name}")]
     return rows + ([("dropped", f"{len(beyond)} tensors of stages that {name} has not here")] if beyond else [])
 
 

@@ -6,6 +6,7 @@ Official checkpoints and folders of transformers are read, too (`foreign.py`); t
 from __future__ import annotations
 
 import json
+import math
 import os
 import types
 import typing
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from finedetr._version import __version__
-from finedetr.errors import ModelError, UsageError, did_you_mean
+from finedetr.errors import ConfigError, ModelError, UsageError, did_you_mean
 from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
@@ -52,6 +53,12 @@ class Card:
     thresholds: tuple[float, ...] = ()  # of scores, one a class, where `finedetr eval --thresholds` has found them
 
     def __post_init__(self) -> None:
+        if not self.names or min(self.size) < 1:
+            raise ModelError(
+                f"a card needs at least one class and a size of at least 1, got {len(self.names)} classes and "
+                f"{self.size}",
+                code="schema",
+            )
         if len(self.names) != len(self.category_ids):
             raise ModelError(
                 f"a card needs one category id for each class name, got {len(self.names)} names and "
@@ -77,10 +84,12 @@ class Card:
         """
         try:
             document = json.loads(text)
-            schema = document.pop("schema")
-            document.pop("finedetr", None)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{where}: the card is unreadable ({error})", code="schema") from error
+        if not isinstance(document, dict) or "schema" not in document:
+            raise ModelError(f"{where}: the card is no table with a schema", code="schema")
+        schema = document.pop("schema")
+        document.pop("finedetr", None)
         if not isinstance(schema, int) or schema > SCHEMA:
             raise ModelError(
                 f"{where}: the card has schema {schema}, this finedetr {__version__} reads up to {SCHEMA}",
@@ -92,30 +101,54 @@ class Card:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as an instance of a (nested) dataclass, tuple or plain type."""
+    """A value of JSON as an instance of a (nested) dataclass, tuple, mapping or plain type."""
     if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ModelError(f"{where}: a table was expected, got {value!r}", code="schema")
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            name = sorted(unknown)[0]
-            raise ModelError(f"{where}: unknown field {name!r}", code="schema", hint=did_you_mean(name, hints))
-        required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-        missing = sorted(required - set(value))
-        if missing:
-            raise ModelError(f"{where}: the field {missing[0]!r} is missing", code="schema")
-        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
-    origin = typing.get_origin(kind)
+        return _build_record(kind, value, where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else _build(inner[0], value, where)
+        return None if value is None else _build(next(k for k in inner if k is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise _unlike(f"one of {', '.join(map(repr, inner))}", value, where)
+        return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ModelError(f"{where}: a list was expected, got {value!r}", code="schema")
-        item = typing.get_args(kind)[0]
-        return tuple(_build(item, element, where) for element in value)
+            raise _unlike("a list", value, where)
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(value) != len(kinds):
+            raise _unlike(f"a list of {len(kinds)}", value, where)
+        return tuple(_build(item, element, where) for item, element in zip(kinds, value, strict=True))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise _unlike("a table", value, where)
+        return {name: _build(inner[1], item, f"{where}.{name}") for name, item in value.items()}
+    plain: Any = {bool: bool, int: int, float: (int, float), str: str}.get(kind, object)
+    if not isinstance(value, plain) or (isinstance(value, bool) and kind in (int, float)):
+        raise _unlike({bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text"), value, where)
     return value
+
+
+def _build_record(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _unlike("a table", value, where)
+    hints = typing.get_type_hints(kind)
+    unknown = set(value) - set(hints)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise ModelError(f"{where}: unknown field {name!r}", code="schema", hint=did_you_mean(name, hints))
+    required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    missing = sorted(required - set(value))
+    if missing:
+        raise ModelError(f"{where}: the field {missing[0]!r} is missing", code="schema")
+    given = {name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    try:
+        return kind(**given)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error.message}", code="schema", hint=error.hint) from error
+
+
+def _unlike(wanted: str, value: Any, where: str) -> ModelError:
+    return ModelError(f"{where}: {wanted} was expected, got {value!r}", code="schema")
 
 
 def save_weights(path: str | Path, detector: nn.Module, card: Card) -> Path:
@@ -208,8 +241,19 @@ def load_weights(
                 hint="Leave --queries out, or use a model that chooses its queries: dfine, deim, deimv2 or rtdetrv2.",
             )
         card = replace(card, config=replace(card.config, decoder=replace(card.config.decoder, queries=queries)))
+    _check_fit(card, state, path)
     detector = Detector(card.config, len(card.names))
-    own = detector.state_dict()
+    detector.load_state_dict(state)
+    return detector.to(device).eval(), card
+
+
+def _check_fit(card: Card, state: Mapping[str, Tensor], path: Path) -> None:
+    """Holds the tensors of a file to its own card."""
+    try:
+        with torch.device("meta"):
+            own = Detector(card.config, len(card.names)).state_dict()
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error.message}", code="schema", hint=error.hint) from error
     faults = [f"missing {name}" for name in own if name not in state]
     faults += [f"unexpected {name}" for name in state if name not in own]
     faults += [
@@ -217,10 +261,12 @@ def load_weights(
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    decoder = card.config.decoder
     faults += [
-        f"{name} is {float(state[name]):g}, the card says {float(own[name]):g}"
-        for name in ("decoder.bin_table.reg_scale", "decoder.bin_table.up")  # boxes are decoded as the card has them
-        if not faults and name in own and float(state[name]) != float(own[name])
+        f"{name} is {float(state[name]):g}, the card says {wanted:g}"
+        for name, wanted in (("decoder.bin_table.reg_scale", decoder.scale), ("decoder.bin_table.up", decoder.up))
+        # boxes are decoded as the card has it
+        if not faults and name in own and not math.isclose(float(state[name]), wanted, rel_tol=1e-6)
     ]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -228,8 +274,6 @@ def load_weights(
             f"{path} does not fit the model {card.config.name!r} of its own card: {'; '.join(faults[:5])}{more}",
             code="mismatch",
         )
-    detector.load_state_dict(state)
-    return detector.to(device).eval(), card
 
 
 @dataclass(frozen=True)
@@ -268,6 +312,7 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         ModelError: The weights belong to another model, or hardly anything fits.
     """
     card, state = _read(Path(path))
+    _check_fit(card, state, Path(path))
     _check_same_model(card.config, detector.config, path)
     source = dict(enumerate(match_names(names, card.names)))
     here = [index for index, row in source.items() if row is not None]
