@@ -172,6 +172,22 @@ def test_a_group_obeys_its_own_block() -> None:
     assert not torch.equal(before.logits[:, :, 3:], after.logits[:, :, 3:])
 
 
+def test_a_group_is_answered_at_the_last_stage_in_eval_as_the_matching_queries_are() -> None:
+    detector = tiny().eval()
+    output = detector(torch.rand(2, 3, 64, 64), (group(detector),))
+    assert output.matching.stages == output.groups[0][1].stages == ("layer1",)
+    assert output.matching.boxes.shape[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_detector_in_half_precision_answers_about_the_same(dtype: torch.dtype) -> None:
+    detector, images = tiny().eval(), torch.rand(1, 3, 64, 64)
+    wanted = detector(images).matching.boxes
+    answer = detector.to(dtype)(images.to(dtype)).matching.boxes
+    # the best queries may come in another order: each box is near some wanted one
+    assert torch.cdist(answer[0, 0].float(), wanted[0, 0], p=torch.inf).amin(dim=-1).median() < 0.02
+
+
 def test_content_and_references_are_detached_but_the_encoder_stage_is_not() -> None:
     detector = tiny().train()
     matching = detector(torch.rand(2, 3, 64, 64)).matching

@@ -85,7 +85,7 @@ class Detector(nn.Module):
                 images.device,
             )
         content, references, positions = self._join(extra, queries, tokens, shapes)
-        answers = self.decoder(content, references, memory, blocked, all_stages or bool(extra), positions)
+        answers = self.decoder(content, references, memory, blocked, all_stages, positions)
         trace = None
         if all_stages and queries.tokens is not None:
             own = queries.tokens.shape[1]

@@ -14,7 +14,7 @@ __all__ = ["LocationQuality", "expected_distances"]
 
 def expected_distances(probabilities: Float[Tensor, "*N 4 K"], bins: Float[Tensor, " K"]) -> Float[Tensor, "*N 4"]:
     """The mean edge distance of each distribution: Σ_n P(n)·W(n) (D-FINE, eq. 2)."""
-    return probabilities @ bins
+    return probabilities @ bins.to(probabilities)
 
 
 class LocationQuality(nn.Module):
