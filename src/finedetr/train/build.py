@@ -97,7 +97,7 @@ def build_student(
         origins = transfer_weights(detector, names, start.weights).rows()
     if start.backbone:
         origins = load_backbone(detector, start.backbone)
-    frozen = freeze(detector, recipe)
+    freeze(detector, recipe)
     detector.to(world.device)
     if recipe.channels_last:
         detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,6 +128,7 @@ def build_student(
         )
     optimizer = adamw(groups, options.betas)
     wrapped = world.wrap(detector, sync_norms=recipe.sync_norms, unused=not recipe.denoise)
+    frozen = freeze(detector, recipe)  # again, for norms that see all processes are new modules
     updater = Updater(
         wrapped, optimizer, average, Precision.choose(recipe.precision, world.device), world, options.clip
     )
