@@ -142,6 +142,23 @@ def test_proposals_answer_for_all_tokens_in_training_only() -> None:
     assert answers.boxes.shape == (1, 2, 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2, 4)
 
 
+def test_two_stages_read_every_token_once_and_choose_the_same_in_training() -> None:
+    detector = random_detector(host("deformable-detr-r50-two-stage", "plain"))
+    for module in detector.modules():
+        module.dropout = 0.0
+    read: list[int] = []
+    detector.selection.proj.register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))  # type: ignore[union-attr]
+    images = torch.rand(1, 3, 64, 96)
+    boxes, answers = [], []
+    for training in (False, True):
+        answers.append(detector.train(training)(images, all_stages=True))
+        boxes.append(answers[-1].matching.boxes)
+    assert read == [8 * 12 + 4 * 6 + 2 * 3 + 1 * 2] * 2
+    torch.testing.assert_close(boxes[0], boxes[1])
+    answers[1].groups[0][1].boxes.sum().backward()
+    assert detector.selection.proj.weight.grad.abs().sum() > 0  # type: ignore[union-attr, operator]
+
+
 def test_points_stay_and_boxes_move() -> None:
     """Without refinement every layer looks at the learned point; with it, at the box before, of four numbers."""
     seen: list[Tensor] = []

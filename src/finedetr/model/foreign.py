@@ -22,7 +22,7 @@ from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import gather, official_names, transformers_names
+from finedetr.model.foreign_names import gather, official_names, tied_names, transformers_names
 from finedetr.model.resnet import RESNETS
 from finedetr.model.transformers import unshaped
 from finedetr.model.zoo import ZOO
@@ -84,7 +84,11 @@ def read_foreign(path: Path) -> Foreign:
         _check_settings(config, settings, path)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
-    unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
+    tied = {
+        other: name for name in used for one in tied_names(name, config) for other in (one, *tied_names(one, config))
+    }
+    same = {key for key, name in tied.items() if key in given and torch.equal(given[key], given[name])}
+    unused = [key for key in given if key not in used | same and not key.endswith(ignored)]
     if unused:
         raise ModelError(
             f"{path} looks like {config.name}, but holds {len(unused)} tensors more: {', '.join(unused[:5])}",
@@ -338,18 +342,3 @@ def _scores(given: Mapping[str, Tensor]) -> Tensor | None:
     """The weights of a class head [C, D], if the file has any."""
     heads = (given[name] for name in _SCORES if name in given)
     return next((head for head in heads if head.ndim == 2 and len(head)), None)
-
-
-_TIED = (
-    (r"^((class|bbox)_embed\.)", r"model.decoder.\1"),
-    (r"^((class|bbox)_embed)\.\d+\.", r"\1.0."),
-    (r"^model\.decoder\.bbox_embed\.layers\.", "bbox_predictor.layers."),
-    (r"^decoder\.decoder\.(up|reg_scale)$", r"decoder.\1"),
-    (r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0."),
-)
-
-
-def _tied(key: str, given: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor is a second name of another one: the same numbers, so that nothing is lost."""
-    names = (re.sub(pattern, new, key) for pattern, new in _TIED)
-    return any(name != key and name in given and torch.equal(given[name], given[key]) for name in names)

@@ -18,7 +18,7 @@ from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import VITS
 
-__all__ = ["Gathered", "gather", "inside_official", "look_up", "official_names", "transformers_names"]
+__all__ = ["Gathered", "gather", "inside_official", "look_up", "official_names", "tied_names", "transformers_names"]
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -192,6 +192,18 @@ def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     if ".self_attn.qk." in name:
         return tuple(name.replace(".self_attn.qk.", f".self_attn.{part}_proj.") for part in ("q", "k"))
     return (name.replace(".self_attn.v.", ".self_attn.v_proj."),)
+
+
+def tied_names(name: str, config: ModelConfig) -> tuple[str, ...]:
+    """Under which names over there a tensor is kept once more."""
+    layers, shared = range(config.decoder.layers), config.decoder.shared_boxes or config.decoder.shared_scores
+    if (head := re.match(r"(class_embed|bbox_embed|decoder\.dec_bbox_head)\.0\.", name)) and shared:
+        return tuple(f"{head[1]}.{layer}.{name[head.end() :]}" for layer in layers)
+    if name.startswith("bbox_predictor.") and config.decoder.refine:
+        return (name.replace("bbox_predictor.", "model.decoder.bbox_embed."),)
+    if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
+        return (name.removeprefix("model.decoder."),)
+    return (name.replace("decoder.", "decoder.decoder."),) if name in ("decoder.up", "decoder.reg_scale") else ()
 
 
 def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:

@@ -36,12 +36,9 @@ class Queries:
     embedded: Float[Tensor, "B T D"] | None = None  # all cells in the space of queries, outside training
 
 
-_SIDE, _MARGIN = 0.05, 0.01
-
-
 @kept
 def anchor_table(
-    shapes: tuple[tuple[int, int], ...], device: torch.device
+    shapes: tuple[tuple[int, int], ...], device: torch.device, side: float = 0.05, margin: float = 0.01
 ) -> tuple[Float[Tensor, "T 4"], Bool[Tensor, "T 1"]]:
     """Logits of one anchor a cell, row after row, level after level, and which of them are usable.
 
@@ -52,9 +49,9 @@ def anchor_table(
     for level, (height, width) in enumerate(shapes):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         center = torch.stack(((x + 0.5) / width, (y + 0.5) / height), dim=-1).float()
-        anchors.append(torch.cat((center, torch.full_like(center, _SIDE * 2.0**level)), dim=-1).flatten(0, 1))
+        anchors.append(torch.cat((center, torch.full_like(center, side * 2.0**level)), dim=-1).flatten(0, 1))
     table = torch.cat(anchors)
-    usable = ((table > _MARGIN) & (table < 1 - _MARGIN)).all(dim=-1, keepdim=True)
+    usable = ((table > margin) & (table < 1 - margin)).all(dim=-1, keepdim=True)
     return torch.log(table / (1 - table)).masked_fill(~usable, torch.inf).to(device), usable.to(device)
 
 
@@ -86,26 +83,40 @@ class QuerySelection(nn.Module):
         """The queries of a batch; at most as many as the pyramid has cells."""
         anchors, usable = anchor_table(shapes, memory.device)
         memory = memory.masked_fill(~usable, 0.0)
+        if self.agnostic:
+            return self._proposed(memory, anchors)
         # Ranking needs no gradient. Only the chosen tokens go through the heads a second time, with one: the same
         # gradient as through all tokens, for a fraction of the backward pass.
         with torch.no_grad():
             embedded = self.norm(self.proj(memory))
-            scores = self.score_head(embedded)
-            best = scores[..., 0] if self.agnostic else scores.amax(dim=-1)
-            tokens = best.topk(min(self.queries, memory.shape[1]), dim=1).indices
-        chosen = memory.gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
-        content = self.norm(self.proj(chosen))
+            tokens = self._best(self.score_head(embedded).amax(dim=-1))
+        content = self.norm(self.proj(_pick(memory, tokens)))
         answer = self._answer(content, anchors[tokens])
         boxes, kept = answer.boxes.detach(), None if self.training else embedded
         if self.content is not None:
             learned = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
             return Queries(learned, boxes, encoder=answer, tokens=tokens, embedded=kept)
-        if self.expand is None or self.expand_norm is None:
-            return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
+        return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
+
+    def _proposed(self, memory: Tensor, anchors: Tensor) -> Queries:
+        """Queries made of boxes; in training all tokens answer, and learn which of them are objects."""
+        assert self.expand is not None
+        assert self.expand_norm is not None
+        embedded, everything = self.norm(self.proj(memory)), None
+        if self.training:
+            everything = self._answer(embedded, anchors)
+            tokens = self._best(everything.logits[..., 0])
+            boxes = _pick(everything.boxes, tokens).detach()
+        else:
+            tokens = self._best(self.score_head(embedded)[..., 0])
+            boxes = self._answer(_pick(embedded, tokens), anchors[tokens]).boxes.detach()
         code = sine_code(boxes, memory.shape[-1] // 2).to(memory.dtype)
         positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
-        everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
+        kept = None if self.training else embedded.detach()
         return Queries(content, boxes, positions, proposals=everything, tokens=tokens, embedded=kept)
+
+    def _best(self, scores: Tensor) -> Tensor:
+        return scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
@@ -116,9 +127,12 @@ class QuerySelection(nn.Module):
     ) -> Float[Tensor, "B Q D"]:
         """What queries of given cells start with; like the own ones, without gradient."""
         usable = anchor_table(shapes, memory.device)[1]
-        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
-        content: Tensor = self.norm(self.proj(chosen))
+        content: Tensor = self.norm(self.proj(_pick(memory.masked_fill(~usable, 0.0), tokens)))
         return content
+
+
+def _pick(values: Float[Tensor, "B T E"], tokens: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q E"]:
+    return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1]))
 
 
 class LearnedPoints(nn.Module):

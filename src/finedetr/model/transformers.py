@@ -15,25 +15,22 @@ from torch import Tensor
 from finedetr.errors import ModelError
 from finedetr.model.config import BackboneConfig, ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import transformers_names
+from finedetr.model.foreign_names import tied_names, transformers_names
 from finedetr.model.hgnet import HGNETS
 from finedetr.model.resnet import RESNETS
 from finedetr.model.token_encoders import DeformableEncoder
 from finedetr.model.zoo import ZOO
 
-__all__ = ["has_twin", "to_transformers", "transformers_config", "unshaped", "write_transformers"]
+__all__ = ["has_twin", "resnet_settings", "to_transformers", "transformers_config", "unshaped", "write_transformers"]
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under the names of DFineForObjectDetection or RTDetrV2ForObjectDetection (as in memory)."""
+    """Our state dict under the names of DFineForObjectDetection and its like (as in memory), tied ones under all."""
     theirs: dict[str, Tensor] = {}
     for key, tensor in state.items():
         names = transformers_names(key, config)
-        for name, part in zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True):
-            theirs[name] = part
-            if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
-                theirs[name.removeprefix("model.decoder.")] = part
-    return theirs
+        theirs |= dict(zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True))
+    return theirs | {other: part for name, part in theirs.items() for other in tied_names(name, config)}
 
 
 _SAID = {  # what `transformers_config` says of both families, or what decides no answer
@@ -133,7 +130,7 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
             **common,
             "model_type": "rt_detr_v2",
             "architectures": ["RTDetrV2ForObjectDetection"],
-            "backbone_config": _resnet(config.backbone),
+            "backbone_config": resnet_settings(config.backbone),
             "decoder_method": "discrete" if decoder.sampling == "discrete" else "default",
         }
     return {
@@ -148,10 +145,11 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
     }
 
 
-def _resnet(config: BackboneConfig) -> dict[str, Any]:
+def resnet_settings(config: BackboneConfig) -> dict[str, Any]:
+    """What transformers calls the configuration of a ResNet, plain or not."""
     table = RESNETS[config.name]
     return {
-        "model_type": "rt_detr_resnet",
+        "model_type": "resnet" if table.plain else "rt_detr_resnet",
         "embedding_size": 64,
         "hidden_sizes": list(table.channels),
         "depths": list(table.blocks),
