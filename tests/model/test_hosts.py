@@ -227,6 +227,9 @@ def test_levels_and_queries_that_do_not_go_together_are_refused() -> None:
         replace(row, backbone=replace(row.backbone, stages=(2, 3)))
     with pytest.raises(ConfigError, match="learned queries"):
         replace(row, decoder=replace(row.decoder, source="mixed"))
+    deformable = variant("deformable-detr-r50-refine")
+    with pytest.raises(ConfigError, match="learned boxes"):
+        replace(deformable, decoder=replace(deformable.decoder, source="anchors"))
     with pytest.raises(ConfigError, match="extra_levels"):
         replace(variant("dino-r50"), encoder=replace(variant("dino-r50").encoder, fusion="elan"))
 

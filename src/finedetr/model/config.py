@@ -165,6 +165,8 @@ class ModelConfig:
             raise ConfigError(f"conditional attention and a single encoder see one level; got strides {self.strides}")
         if self.decoder.attention == "conditional" and self.decoder.source not in ("points", "anchors"):
             raise ConfigError(f"conditional attention has learned queries; got decoder.source={self.decoder.source!r}")
+        if self.decoder.source == "anchors" and self.decoder.attention != "conditional":
+            raise ConfigError("learned boxes go with conditional attention, as in DAB-DETR; got deformable attention")
         if self.encoder.extra_levels and self.encoder.fusion != "deformable":
             raise ConfigError(f"a deformable encoder has extra_levels; got them with fusion={self.encoder.fusion!r}")
         if len(self.decoder.points) != len(self.strides):

@@ -38,9 +38,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return nn.PReLU() if name == "prelu" else ACTIVATIONS[name]
 
 
-def focal_bias(prior: float = 0.01) -> float:
-    """The bias at which a sigmoid answers `prior` (Lin et al., 2017): -log((1 - prior) / prior)."""
-    return -math.log((1 - prior) / prior)
+def focal_bias() -> float:
+    """The bias at which a sigmoid answers 0.01 (Lin et al., 2017): -log((1 - 0.01) / 0.01)."""
+    return -math.log(99.0)
 
 
 def kept(build: Callable[P, T]) -> Callable[P, T]:

@@ -162,20 +162,17 @@ class LearnedPoints(nn.Module):
 
 
 class LearnedAnchors(nn.Module):
-    """The same boxes for every picture (DAB-DETR). Content is learned or, with conditional attention, zero."""
+    """The same boxes for every picture, whose content starts at zero (DAB-DETR)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.width = config.width
         self.anchors = nn.Embedding(config.queries, 4)  # logits of boxes
-        self.content = None if config.attention == "conditional" else nn.Embedding(config.queries, self.width)
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch, whatever the pictures show."""
         boxes = self.anchors.weight.sigmoid().expand(len(memory), -1, -1)
-        if self.content is None:
-            return Queries(boxes.new_zeros(*boxes.shape[:2], self.width), boxes)
-        return Queries(self.content.weight.expand(len(memory), -1, -1), boxes)
+        return Queries(boxes.new_zeros(*boxes.shape[:2], self.width), boxes)
 
 
 def build_queries(config: DecoderConfig, classes: int) -> QuerySelection | LearnedPoints | LearnedAnchors:

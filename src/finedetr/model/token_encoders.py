@@ -114,8 +114,8 @@ class SingleEncoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, EncoderLayer)
             _xavier(layer.linear1, layer.linear2)
-            if isinstance(layer.self_attention, SelfAttention):
-                _xavier(layer.self_attention.out)
+            assert isinstance(layer.self_attention, SelfAttention)
+            _xavier(layer.self_attention.out)
         _xavier(*(self.scale.layers if self.scale is not None else ()))
 
     def forward(self, maps: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
