@@ -111,6 +111,31 @@ def copied(ours: Detector) -> dict[str, Tensor]:
     return to_transformers(state, ours.config)
 
 
+def stages_of(theirs: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of all layers, which they show to their loss only."""
+    shown: list[Tensor] = []
+
+    def listen(*given: Any, **_: Any) -> tuple[Tensor, dict[str, Tensor], None]:
+        shown.extend(given[5:7])
+        return torch.zeros(()), {}, None
+
+    conditional, states = hasattr(theirs, "class_labels_classifier"), []
+
+    def normed(_: nn.Module, __: object, out: Any) -> None:
+        """Asked for all layers, that of transformers gives each the norm of the one before, as nobody published it."""
+        out.intermediate_hidden_states = theirs.model.decoder.layernorm(torch.stack(states))  # type: ignore[operator, union-attr]
+        theirs.config.auxiliary_loss = True  # type: ignore[union-attr]
+
+    if conditional:
+        theirs.model.decoder.register_forward_hook(normed)  # type: ignore[union-attr]
+        for layer in theirs.model.decoder.layers:  # type: ignore[union-attr]
+            layer.register_forward_hook(lambda _, __, out: states.append(out))
+    theirs.config.auxiliary_loss, theirs.loss_function = not conditional, listen  # type: ignore[union-attr, assignment]
+    theirs(pixel_values=images, labels=[{}] * len(images))
+    logits, boxes = shown
+    return logits, boxes
+
+
 def classic_pair(config: ModelConfig) -> tuple[Detector, nn.Module]:
     """Our detector at random weights and theirs with the same ones, both in eval mode."""
     ours, theirs = random_detector(config), theirs_of(config)

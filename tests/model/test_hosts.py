@@ -171,15 +171,22 @@ def test_points_stay_and_boxes_move() -> None:
     assert torch.equal(seen[0], seen[2])
 
 
-def test_boxes_of_points_begin_small_only_where_the_host_has_them_so() -> None:
+@pytest.mark.parametrize("name", HOSTS)
+def test_boxes_of_points_begin_small_only_where_the_host_has_them_so(name: str) -> None:
     torch.manual_seed(0)
-    sizes = {name: Detector(small(name), CLASSES)(torch.rand(1, 3, 64, 64), all_stages=True) for name in HOSTS}
-    for name, answer in sizes.items():
-        start = answer.matching.boxes[0, 0, :, 2:]
-        if name in ("deformable-detr-r50", "deformable-detr-r50-refine"):
-            torch.testing.assert_close(start, torch.full_like(start, 0.1192), atol=1e-4, rtol=0)
-        elif name.startswith("conditional"):
-            torch.testing.assert_close(start, torch.full_like(start, 0.5))
+    detector = Detector(small(name), CLASSES)
+    boxes = detector(torch.rand(1, 3, 64, 64), all_stages=True).matching.boxes[0, 0, :, 2:]
+    match detector.config.decoder.source, detector.config.decoder.attention:
+        case "points", "deformable":
+            wanted = torch.full_like(boxes, 0.1192)
+        case "points", _:
+            wanted = torch.full_like(boxes, 0.5)
+        case "anchors", _:  # the learned ones
+            wanted = detector.selection.anchors.weight[:, 2:].sigmoid()  # type: ignore[union-attr, operator, index]
+        case _:  # the nearest of the levels' anchors; 1 where one is unusable, as at the border
+            sides = torch.tensor([0.05, 0.1, 0.2, 0.4, 1.0])
+            wanted = sides[(boxes[..., None] - sides).abs().argmin(dim=-1)]
+    torch.testing.assert_close(boxes, wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -232,6 +239,24 @@ def test_levels_and_queries_that_do_not_go_together_are_refused() -> None:
         replace(deformable, decoder=replace(deformable.decoder, source="anchors"))
     with pytest.raises(ConfigError, match="extra_levels"):
         replace(variant("dino-r50"), encoder=replace(variant("dino-r50").encoder, fusion="elan"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("decoder", {"position_layers": 4}, "position_layers must be 2 or 3; got 4"),
+        ("decoder", {"bins": 32}, "bins must be odd, so that one bin means 'do not move'; got 32"),
+        ("decoder", {"points": (3, 6)}, "points names 2 levels, the pyramid has 3"),
+        ("decoder", {"heads": 7}, "decoder.width must be a multiple of its 7 heads and of 4; got 256"),
+        ("decoder", {"width": 6, "heads": 2}, "decoder.width must be a multiple of its 2 heads and of 4; got 6"),
+        ("encoder", {"heads": 7}, "encoder.width must be a multiple of its 7 heads and of 4; got 256"),
+        ("decoder", {"answering": 7}, r"answering must lie in 1\.\.6"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(part: str, change: dict[str, object], message: str) -> None:
+    row = variant("dfine-l")
+    with pytest.raises(ConfigError, match=message):
+        replace(row, **{part: replace(getattr(row, part), **change)})
 
 
 def test_every_classic_row_is_known_as_one() -> None:
