@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finedetr.model.config import BackboneConfig, ModelConfig
+from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import transformers_names
 from finedetr.model.resnet import RESNETS, ResNetTable
+from finedetr.model.transformers import resnet_settings, to_transformers
 from finedetr.model.zoo import variant
 from tests.model.oracle import randomize
 
@@ -45,18 +45,6 @@ def random_detector(config: ModelConfig, seed: int = 0) -> Detector:
     return detector
 
 
-def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
-    table = RESNETS[config.name]
-    return {
-        "model_type": "resnet",
-        "embedding_size": 64,
-        "hidden_sizes": list(table.channels),
-        "depths": list(table.blocks),
-        "layer_type": "bottleneck" if table.bottleneck else "basic",
-        "out_features": [f"stage{stage + 1}" for stage in config.stages],
-    }
-
-
 def settings(config: ModelConfig) -> dict[str, Any]:
     """What transformers calls this configuration."""
     encoder, decoder = config.encoder, config.decoder
@@ -64,7 +52,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "use_timm_backbone": False,
         "use_pretrained_backbone": False,
         "backbone": None,
-        "backbone_config": backbone_settings(config.backbone),
+        "backbone_config": resnet_settings(config.backbone),
         "d_model": decoder.width,
         "hidden_size": decoder.width,
         "encoder_layers": encoder.layers,
@@ -118,22 +106,34 @@ def untie(theirs: nn.Module) -> None:
 
 
 def copied(ours: Detector) -> dict[str, Tensor]:
-    """Our weights under the names of transformers in memory, tied ones under all of their names."""
-    config, state = ours.config, {}
-    for key, tensor in ours.state_dict().items():
-        if not key.startswith("label_embedding"):
-            names = transformers_names(key, config)
-            state |= dict(zip(names, tensor.chunk(len(names)), strict=True))
-    for name in list(state):
-        for head in ("class_embed.", "bbox_embed."):
-            if name.startswith(f"model.decoder.{head}"):
-                state[name.removeprefix("model.decoder.")] = state[name]
-            elif name.startswith(f"{head}0.") and not config.decoder.refine:
-                for layer in range(config.decoder.layers):
-                    state[name.replace(".0.", f".{layer}.", 1)] = state[name]
-        if name.startswith("bbox_predictor.") and config.decoder.refine:
-            state[f"model.decoder.bbox_embed.{name.removeprefix('bbox_predictor.')}"] = state[name]
-    return state
+    """Our weights under the names of transformers in memory, which has no denoising queries here."""
+    state = {key: tensor for key, tensor in ours.state_dict().items() if not key.startswith("label_embedding")}
+    return to_transformers(state, ours.config)
+
+
+def stages_of(theirs: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of all layers, which they show to their loss only."""
+    shown: list[Tensor] = []
+
+    def listen(*given: Any, **_: Any) -> tuple[Tensor, dict[str, Tensor], None]:
+        shown.extend(given[5:7])
+        return torch.zeros(()), {}, None
+
+    conditional, states = hasattr(theirs, "class_labels_classifier"), []
+
+    def normed(_: nn.Module, __: object, out: Any) -> None:
+        """Asked for all layers, that of transformers gives each the norm of the one before, as nobody published it."""
+        out.intermediate_hidden_states = theirs.model.decoder.layernorm(torch.stack(states))  # type: ignore[operator, union-attr]
+        theirs.config.auxiliary_loss = True  # type: ignore[union-attr]
+
+    if conditional:
+        theirs.model.decoder.register_forward_hook(normed)  # type: ignore[union-attr]
+        for layer in theirs.model.decoder.layers:  # type: ignore[union-attr]
+            layer.register_forward_hook(lambda _, __, out: states.append(out))
+    theirs.config.auxiliary_loss, theirs.loss_function = not conditional, listen  # type: ignore[union-attr, assignment]
+    theirs(pixel_values=images, labels=[{}] * len(images))
+    logits, boxes = shown
+    return logits, boxes
 
 
 def classic_pair(config: ModelConfig) -> tuple[Detector, nn.Module]:

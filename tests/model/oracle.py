@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import official_names
+from finedetr.model.foreign_names import official_names, tied_names
 from finedetr.model.layers import FrozenBatchNorm2d
 from finedetr.model.transformers import to_transformers, transformers_config
 
@@ -68,13 +68,10 @@ def official(detector: Detector) -> dict[str, Tensor]:
     for index in range(config.decoder.layers):
         theirs[f"decoder.decoder.layers.{index}.cross_attn.num_points_scale"] = torch.zeros(12)
     for key in list(theirs):
-        if config.decoder.shared_boxes and key.startswith("decoder.dec_bbox_head.0."):
-            theirs |= {key.replace(".0.", f".{index}.", 1): theirs[key] for index in range(config.decoder.layers)}
+        theirs |= dict.fromkeys(tied_names(key, config), theirs[key])
         if key.startswith("backbone.dinov3.blocks.") and key.endswith("qkv.bias"):
             width = len(theirs[key]) // 3
             theirs[f"{key}_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(width)
-        if key in ("decoder.up", "decoder.reg_scale"):
-            theirs[key.replace("decoder.", "decoder.decoder.")] = theirs[key]
     return theirs
 
 

@@ -127,6 +127,28 @@ def test_the_settings_tell_apart_what_the_tensors_cannot(table: dict[str, ModelC
         read_card(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_feature_levels": 2}, "no model of `finedetr models`"),
+        ({"num_feature_levels": "4"}, "no model of `finedetr models`"),
+        ({"two_stage": True, "with_box_refine": False}, "no model of `finedetr models`"),
+        ({"backbone_config": "resnet50"}, "fits no model"),
+        ({"backbone_config": [1], "backbone_kwargs": 3}, "fits no model"),
+        ({"id2label": {"a": "b"}}, "fits no model"),
+        ({"num_queries": True}, "at least 1 query is wanted, True came"),
+        ({"num_queries": 0}, "at least 1 query is wanted, 0 came"),
+    ],
+)
+def test_a_configuration_that_cannot_be_says_so(
+    table: dict[str, ModelConfig], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deformable_detr", **change}))
+    with pytest.raises(ModelError, match=message):
+        read_card(tmp_path)
+
+
 def test_they_are_read_and_not_written() -> None:
     for name, config in ZOO.items():
         if config.classic:

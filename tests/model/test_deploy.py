@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
@@ -46,6 +47,17 @@ def test_fusing_changes_no_answer(everything: bool, affine: bool) -> None:
         before, after = detector(images).matching, deployed(detector, everything=everything)(images).matching
     torch.testing.assert_close(after.logits, before.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_deployed_is_deployed_again_and_norms_of_many_processes_are_folded() -> None:
+    detector = nn.SyncBatchNorm.convert_sync_batchnorm(tiny().eval())
+    images = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        wanted = detector(images).matching
+        for model in (once := deployed(detector), deployed(once)):
+            answer = model(images).matching
+            torch.testing.assert_close(answer.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+            assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 def test_fusing_leaves_the_original_alone() -> None:

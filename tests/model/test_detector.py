@@ -7,24 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finedetr.errors import DataError
+from finedetr.errors import ConfigError, DataError
+from finedetr.model.backbones import build_backbone
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from finedetr.model.detector import Detector
 from finedetr.model.encoders import sine_positions
+from finedetr.model.layers import kept
 from finedetr.model.postprocess import top_detections
 from finedetr.model.zoo import ZOO, variant
 from finedetr.records import QueryGroup
 from tests.model.oracle import randomize
 
-COUNTS = {  # spec 1.4 and 1.5, at 80 classes
-    "dfine-n": (3_782_693, 3_782_691),
-    "dfine-s": (10_321_877, 10_321_875),
-    "dfine-m": (19_590_064, 19_590_062),
-    "dfine-l": (31_244_152, 31_219_222),
-    "dfine-x": (62_621_560, 62_596_118),
-    "deim-dfine-n": (3_782_693, 3_782_691),
-    "deim-dfine-l": (31_289_848, 31_289_846),
-    "deim-dfine-x": (62_715_480, 62_715_478),
+TRAINED = {  # parameters, at 80 classes (spec 1.4 and 1.5)
+    "dfine-n": 3_782_691,
+    "dfine-l": 31_219_222,
+    "dfine-x": 62_596_118,
+    "deim-dfine-l": 31_289_846,
 }
 TINY = ModelConfig(
     "tiny",
@@ -48,13 +46,32 @@ def group(detector: Detector, queries: int = 6, **fields: object) -> QueryGroup:
     return QueryGroup("extra", boxes, labels=labels, **fields)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_are_the_published_ones(name: str) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_as_many_parameters_are_trained_as_published(name: str) -> None:
     with torch.device("meta"):
         detector = Detector(variant(name), 80)
-    parameters = list(detector.parameters())
-    assert sum(p.numel() for p in parameters) == COUNTS[name][0]
-    assert sum(p.numel() for p in parameters if p.requires_grad) == COUNTS[name][1]
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == TRAINED[name]
+
+
+def test_frozen_stages_of_an_hgnet_are_at_rest() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig("B0", freeze_stem=True, freeze_stages=2))
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(("stem.", "stages.0.", "stages.1.")), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BackboneConfig("B0", dilated=True), "dilated: B0 cannot be"),
+        (BackboneConfig("vit-tiny", dilated=True), "dilated: vit-tiny cannot be"),
+        (BackboneConfig("vit-tiny", freeze_norm=True), "(?s)vit-tiny has no stem.*--freeze backbone"),
+        (BackboneConfig("dinov3-s", freeze_stages=1), "dinov3-s has no stem"),
+    ],
+)
+def test_a_backbone_that_cannot_be_as_it_is_wanted_is_refused(config: BackboneConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(config)
 
 
 def test_every_row_of_the_zoo_carries_its_own_name() -> None:
@@ -149,6 +166,22 @@ def test_a_group_obeys_its_own_block() -> None:
     assert not torch.equal(before.logits[:, :, 3:], after.logits[:, :, 3:])
 
 
+def test_a_group_is_answered_at_the_last_stage_in_eval_as_the_matching_queries_are() -> None:
+    detector = tiny().eval()
+    output = detector(torch.rand(2, 3, 64, 64), (group(detector),))
+    assert output.matching.stages == output.groups[0][1].stages == ("layer1",)
+    assert output.matching.boxes.shape[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_detector_in_half_precision_answers_about_the_same(dtype: torch.dtype) -> None:
+    detector, images = tiny().eval(), torch.rand(1, 3, 64, 64)
+    wanted = detector(images).matching.boxes
+    answer = detector.to(dtype)(images.to(dtype)).matching.boxes
+    # the best queries may come in another order: each box is near some wanted one
+    assert torch.cdist(answer[0, 0].float(), wanted[0, 0], p=torch.inf).amin(dim=-1).median() < 0.02
+
+
 def test_content_and_references_are_detached_but_the_encoder_stage_is_not() -> None:
     detector = tiny().train()
     matching = detector(torch.rand(2, 3, 64, 64)).matching
@@ -203,18 +236,29 @@ def test_folding_the_learnable_affine_into_the_norm_changes_nothing() -> None:
         torch.testing.assert_close(buffer, results[1][2][name], msg=name)
 
 
-def test_tables_of_a_size_are_built_once() -> None:
-    detector = tiny().eval()
-    detector(torch.rand(1, 3, 64, 96))
-    before = [id(t) for t in detector.encoder._positions.values()]
-    detector(torch.rand(1, 3, 64, 96))
-    assert [id(t) for t in detector.encoder._positions.values()] == before
-    assert len(detector.selection._tables) == 1
+def test_tables_are_built_once_and_no_more_than_64_are_kept() -> None:
+    built: list[int] = []
+
+    @kept
+    def table(number: int) -> torch.Tensor:
+        built.append(number)
+        return torch.ones(number)
+
+    with torch.inference_mode():
+        first = table(1)
+    assert not first.is_inference()
+    assert table(1) is first
+    for number in range(2, 66):
+        table(number)
+    assert table(1) is not first
+    assert built == [*range(1, 66), 1]
+    cpu = torch.device("cpu")
+    assert sine_positions(2, 3, 8, cpu) is sine_positions(2, 3, 8, cpu)
 
 
 def test_positions_equal_the_published_golden_values() -> None:
     # spec 1.3, for w = 3, h = 2 and 8 channels: its t1 is one step along the official grid's h, t2 one along its w
-    table = sine_positions(2, 3, 8).view(2, 3, 8)
+    table = sine_positions(2, 3, 8, torch.device("cpu")).view(2, 3, 8)
     golden = torch.tensor([0.84147, 0.0099998, 0.54030, 0.99995])
     torch.testing.assert_close(table[1, 0], torch.cat((golden, torch.tensor([0.0, 0.0, 1.0, 1.0]))), atol=1e-5, rtol=0)
     torch.testing.assert_close(table[0, 1], torch.cat((torch.tensor([0.0, 0.0, 1.0, 1.0]), golden)), atol=1e-5, rtol=0)
@@ -231,7 +275,7 @@ def test_top_detections_are_flat_over_queries_and_classes() -> None:
 
 
 def test_as_many_detections_are_kept_as_there_are_queries_beyond_300() -> None:
-    for queries, kept in ((200, 300), (400, 400)):
+    for queries, count in ((200, 300), (400, 400)):
         logits, boxes = torch.zeros(1, queries, 2), torch.zeros(1, queries, 4)
-        assert top_detections(logits, boxes)[0].shape == (1, kept)
+        assert top_detections(logits, boxes)[0].shape == (1, count)
     assert top_detections(logits, boxes, k=350)[0].shape == (1, 350)

@@ -62,7 +62,7 @@ def by_the_formulas(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor,
     for layer in encoder.layers:
         tokens = layer(tokens, torch.stack(code), torch.tensor(centers), shapes)
 
-    anchors, usable = anchor_table(shapes)
+    anchors, usable = anchor_table(shapes, images.device)
     scored = selection.norm(selection.proj(tokens * usable))
     chosen = selection.score_head(scored).amax(-1).topk(selection.queries, dim=1).indices
     proposals = (selection.box_head(scored) + anchors).sigmoid()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import read_foreign
-from finedetr.model.transformers import transformers_config, write_transformers
+from finedetr.model.transformers import has_twin, to_transformers, transformers_config, write_transformers
 from finedetr.model.weights import load_weights, read_card, transfer_weights
 from finedetr.model.zoo import ZOO, variant
 from tests.model.oracle import assert_same_answers, official, pair, randomize
@@ -152,6 +154,44 @@ def test_the_name_of_a_file_tells_deim_from_d_fine(tmp_path: Path) -> None:
         assert card.names == ("class 0", "class 1", "class 2")
 
 
+def test_what_bins_mean_is_read_of_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    row = variant("dfine-n")
+    wide = Detector(replace(row, decoder=replace(row.decoder, scale=8.0, up=0.25)), 2).eval()
+    randomize(wide)
+    torch.save({"model": official(wide)}, tmp_path / "n.pth")
+    loaded, card = load_weights(tmp_path / "n.pth")
+    assert (card.config.decoder.scale, card.config.decoder.up) == (8.0, 0.25)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images).matching.boxes, wide(images).matching.boxes)
+
+
+def test_no_name_of_a_folder_above_decides(tmp_path: Path) -> None:
+    above = tmp_path / "my-deim-dsp-cache"
+    (above / "hf").mkdir(parents=True)
+    with torch.device("meta"):
+        dfine, rtdetr = Detector(variant("dfine-n"), 2), Detector(variant("rtdetrv2-r18"), 2)
+    for name, detector in (("n.pth", dfine), ("r18.pth", rtdetr)):
+        state = {key: torch.zeros(value.shape) for key, value in official(detector).items()}
+        torch.save(state, above / name)
+        assert read_card(above / name).config == detector.config
+    write_transformers(above / "hf", dfine.to_empty(device="cpu"), ("hen", "egg"))
+    assert read_card(above / "hf").config == variant("dfine-n")
+    write_transformers(above / "deim-dsp", rtdetr.to_empty(device="cpu"), ("hen", "egg"))
+    assert read_card(above / "deim-dsp").config == variant("rtdetrv2-r18")
+
+
+def test_a_repository_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
+    for repository, model in (("models--they--DEIM_N", "deim-dfine-n"), ("models--they--dfine", "dfine-n")):
+        folder = tmp_path / repository / "snapshots" / "5f3e"
+        folder.mkdir(parents=True)
+        state = {key: value.contiguous() for key, value in official(Detector(variant("dfine-n"), 2)).items()}
+        save_file({key: value.clone() for key, value in state.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"made_by": "them"}))
+        assert read_card(folder).config == variant(model)
+
+
 @pytest.mark.parametrize("name", ["dfine-n", "rtdetrv2-r18"])
 def test_a_folder_of_transformers_answers_as_over_there(tmp_path: Path, name: str) -> None:
     pytest.importorskip("transformers")
@@ -259,6 +299,74 @@ def test_discrete_sampling_is_known_by_the_name_of_a_file_and_by_transformers_co
     assert torch.equal(fresh.state_dict()[offsets], twin.state_dict()[offsets])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoder_activation_function", "silu"),
+        ("encoder_activation_function", "relu"),
+        ("activation_function", "relu"),
+        ("decoder_attention_heads", 4),
+        ("positional_encoding_temperature", 20),
+        ("decoder_n_points", [4, 8]),
+    ],
+)
+def test_a_configuration_that_no_tensor_shows_is_refused(
+    tmp_path: Path, hf: dict[str, torch.Tensor], key: str, value: object
+) -> None:
+    save_file(hf, tmp_path / "model.safetensors")
+    settings = transformers_config(variant("dfine-n"), ("a", "b"))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_card(tmp_path).config == variant("dfine-n")
+    (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(ModelError, match=rf"{key} is .*; its config\.json says {re.escape(repr(value))}"):
+        read_card(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hf() -> dict[str, torch.Tensor]:
+    """The tensors of dfine-n as transformers has them."""
+    state = to_transformers(Detector(variant("dfine-n"), 2).state_dict(), variant("dfine-n"))
+    return {key: value.clone() for key, value in state.items() if key.startswith("model.")}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change"),
+    [
+        ("dfine-n", "decoder", {"sampling": "discrete"}),
+        ("dfine-n", "decoder", {"gateway": False}),
+        ("dfine-n", "decoder", {"refine": False}),
+        ("dfine-n", "decoder", {"position_limit": None}),
+        ("dfine-n", "backbone", {"name": "vit-tiny", "stages": (2, 3)}),
+        ("rtdetrv2-r18", "decoder", {"points": (4, 4, 2)}),
+        ("rtdetrv2-r18", "decoder", {"look_twice": False}),
+        ("rtdetrv2-r18", "encoder", {"depth": 0.34}),
+        ("rtdetrv2-r18", "backbone", {"name": "resnet50"}),
+    ],
+)
+def test_what_transformers_configuration_cannot_say_is_not_written(
+    name: str, part: str, change: dict[str, object]
+) -> None:
+    row = variant(name)
+    assert has_twin(row)
+    config = replace(row, **{part: replace(getattr(row, part), **change)})
+    with pytest.raises(ModelError, match="no model like"):
+        transformers_config(config, ("a",))
+
+
+def test_heads_and_bins_are_told_to_transformers() -> None:
+    row = variant("dfine-n")
+    config = replace(row, decoder=replace(row.decoder, heads=4, up=0.25), encoder=replace(row.encoder, heads=2))
+    settings = transformers_config(config, ("a",))
+    assert (settings["decoder_attention_heads"], settings["encoder_attention_heads"], settings["up"]) == (4, 2, 0.25)
+
+
+def test_every_row_is_written_that_was_published_for_transformers() -> None:
+    written = {name for name, config in ZOO.items() if has_twin(config)}
+    assert written == {*(f"dfine-{size}" for size in "nsmlx")} | {
+        f"rtdetrv2-{size}{sampling}" for size in ("r18", "r34", "r50-m", "r50", "r101") for sampling in ("", "-dsp")
+    } - {"rtdetrv2-r101-dsp"}
+
+
 def test_transformers_has_no_deim(tmp_path: Path) -> None:
     with torch.device("meta"):
         detector = Detector(variant("deim-dfine-n"), 3)
@@ -295,6 +403,20 @@ def test_objects365_weights_start_a_coco_detector_row_by_row(tmp_path: Path) -> 
     table = {text: what for what, text in transfer.rows()}
     assert table["bird <- Wild Bird"] == "kept"
     assert len(transfer.rows()) == 80 + 1
+
+
+def test_tensors_that_are_none_are_named_and_no_traceback(tmp_path: Path) -> None:
+    state = official(Detector(variant("dfine-n"), 2))
+    changes = {
+        "decoder.enc_score_head.weight": (torch.tensor(1.0), "fits no model"),
+        "decoder.decoder.layers.0.self_attn.in_proj_weight": (torch.tensor(1.0), r"in_proj_weight is \(\)"),
+        "decoder.decoder.layers.0.self_attn.in_proj_bias": (torch.zeros(5), r"in_proj_bias is \(2,\), expected"),
+        "decoder.reg_scale": (torch.zeros(1).to_sparse(), "reg_scale is sparse"),
+    }
+    for key, (tensor, message) in changes.items():
+        torch.save({"model": {**state, key: tensor}}, tmp_path / "dfine_n.pth")
+        with pytest.raises(ModelError, match=message):
+            read_foreign(tmp_path / "dfine_n.pth")
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

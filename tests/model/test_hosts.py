@@ -149,6 +149,23 @@ def test_proposals_answer_for_all_tokens_in_training_only() -> None:
     assert answers.boxes.shape == (1, 2, 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2, 4)
 
 
+def test_two_stages_read_every_token_once_and_choose_the_same_in_training() -> None:
+    detector = random_detector(host("deformable-detr-r50-two-stage", "plain"))
+    for module in detector.modules():
+        module.dropout = 0.0
+    read: list[int] = []
+    detector.selection.proj.register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))  # type: ignore[union-attr]
+    images = torch.rand(1, 3, 64, 96)
+    boxes, answers = [], []
+    for training in (False, True):
+        answers.append(detector.train(training)(images, all_stages=True))
+        boxes.append(answers[-1].matching.boxes)
+    assert read == [8 * 12 + 4 * 6 + 2 * 3 + 1 * 2] * 2
+    torch.testing.assert_close(boxes[0], boxes[1])
+    answers[1].groups[0][1].boxes.sum().backward()
+    assert detector.selection.proj.weight.grad.abs().sum() > 0  # type: ignore[union-attr, operator]
+
+
 def test_points_stay_and_boxes_move() -> None:
     """Without refinement every layer looks at the learned point; with it, at the box before, of four numbers."""
     seen: list[Tensor] = []
@@ -161,15 +178,35 @@ def test_points_stay_and_boxes_move() -> None:
     assert torch.equal(seen[0], seen[2])
 
 
-def test_boxes_of_points_begin_small_only_where_the_host_has_them_so() -> None:
+@pytest.mark.parametrize("name", HOSTS)
+def test_boxes_of_points_begin_small_only_where_the_host_has_them_so(name: str) -> None:
     torch.manual_seed(0)
-    sizes = {name: Detector(small(name), CLASSES)(torch.rand(1, 3, 64, 64), all_stages=True) for name in HOSTS}
-    for name, answer in sizes.items():
-        start = answer.matching.boxes[0, 0, :, 2:]
-        if name in ("deformable-detr-r50", "deformable-detr-r50-refine"):
-            torch.testing.assert_close(start, torch.full_like(start, 0.1192), atol=1e-4, rtol=0)
-        elif name.startswith("conditional"):
-            torch.testing.assert_close(start, torch.full_like(start, 0.5))
+    detector = Detector(small(name), CLASSES)
+    boxes = detector(torch.rand(1, 3, 64, 64), all_stages=True).matching.boxes[0, 0, :, 2:]
+    match detector.config.decoder.source, detector.config.decoder.attention:
+        case "points", "deformable":
+            wanted = torch.full_like(boxes, 0.1192)
+        case "points", _:
+            wanted = torch.full_like(boxes, 0.5)
+        case "anchors", _:  # the learned ones
+            wanted = detector.selection.anchors.weight[:, 2:].sigmoid()  # type: ignore[union-attr, operator, index]
+        case _:  # the nearest of the levels' anchors; 1 where one is unusable, as at the border
+            sides = torch.tensor([0.05, 0.1, 0.2, 0.4, 1.0])
+            wanted = sides[(boxes[..., None] - sides).abs().argmin(dim=-1)]
+    torch.testing.assert_close(boxes, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_training_goes_on_after_inference_at_a_new_size(name: str) -> None:
+    detector = random_detector(host(name, "plain"))
+    images = torch.rand(1, 3, 96, 160)  # no other test has built its tables
+    with torch.inference_mode():
+        detector(images)
+    answers = detector.train()(images).matching
+    (answers.logits.sum() + answers.boxes.sum()).backward()
+    gradient = next(detector.encoder.input_proj[0].parameters()).grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
 
 
 def test_dropout_is_for_training() -> None:
@@ -204,8 +241,29 @@ def test_levels_and_queries_that_do_not_go_together_are_refused() -> None:
         replace(row, backbone=replace(row.backbone, stages=(2, 3)))
     with pytest.raises(ConfigError, match="learned queries"):
         replace(row, decoder=replace(row.decoder, source="mixed"))
+    deformable = variant("deformable-detr-r50-refine")
+    with pytest.raises(ConfigError, match="learned boxes"):
+        replace(deformable, decoder=replace(deformable.decoder, source="anchors"))
     with pytest.raises(ConfigError, match="extra_levels"):
         replace(variant("dino-r50"), encoder=replace(variant("dino-r50").encoder, fusion="elan"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("decoder", {"position_layers": 4}, "position_layers must be 2 or 3; got 4"),
+        ("decoder", {"bins": 32}, "bins must be odd, so that one bin means 'do not move'; got 32"),
+        ("decoder", {"points": (3, 6)}, "points names 2 levels, the pyramid has 3"),
+        ("decoder", {"heads": 7}, "decoder.width must be a multiple of its 7 heads and of 4; got 256"),
+        ("decoder", {"width": 6, "heads": 2}, "decoder.width must be a multiple of its 2 heads and of 4; got 6"),
+        ("encoder", {"heads": 7}, "encoder.width must be a multiple of its 7 heads and of 4; got 256"),
+        ("decoder", {"answering": 7}, r"answering must lie in 1\.\.6"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(part: str, change: dict[str, object], message: str) -> None:
+    row = variant("dfine-l")
+    with pytest.raises(ConfigError, match=message):
+        replace(row, **{part: replace(getattr(row, part), **change)})
 
 
 def test_every_classic_row_is_known_as_one() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
 from finedetr.model.pretrained import load_backbone, official_file
+from finedetr.model.vit import VITS
 from finedetr.model.zoo import ZOO, variant
 from tests.model.oracle import randomize
 from tests.model.test_foreign import official
@@ -104,7 +105,38 @@ def test_the_file_of_another_backbone_is_refused_and_the_right_one_named(tmp_pat
 
 
 def test_every_model_of_hgnet_and_resnet_has_an_official_file() -> None:
+    own = {*VITS, "Atto", "Femto", "Pico"}  # cut for DEIMv2, whose authors publish no weights of them alone
     for config in ZOO.values():
-        if config.backbone.name[0] in "BR":
-            assert official_file(config.backbone.name).endswith(".pth")
+        assert official_file(config.backbone.name).endswith(".pth") == (config.backbone.name not in own)
     assert official_file("mine") == ""
+
+
+def torchvision_names() -> set[str]:
+    """Of a ResNet-50, but for the counts of batches."""
+    norm = ("weight", "bias", "running_mean", "running_var")
+    names = {"conv1.weight", *(f"bn1.{part}" for part in norm), "fc.weight", "fc.bias"}
+    for layer, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            parts = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+            parts += [("downsample.0", "downsample.1")] if block == 0 else []
+            for conv, bn in parts:
+                names |= {f"layer{layer}.{block}.{conv}.weight", *(f"layer{layer}.{block}.{bn}.{p}" for p in norm)}
+    return names
+
+
+def test_torchvisions_resnet_starts_a_classic_host(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    row = variant("conditional-detr-r50")
+    config = replace(row, encoder=replace(row.encoder, layers=1), decoder=replace(row.decoder, layers=1))
+    source, target = Detector(config, 3), Detector(config, 3)
+    randomize(source)
+    state = file_of(source, tmp_path / "resnet50-0676ba61.pth")
+    state |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000), "bn1.num_batches_tracked": tensor(1)}
+    assert state.keys() - {"bn1.num_batches_tracked"} == torchvision_names()
+    torch.save(state, tmp_path / "resnet50-0676ba61.pth")
+    assert len(load_backbone(target, tmp_path / "resnet50-0676ba61.pth")) == 1
+    theirs = source.backbone.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in target.backbone.state_dict().items())
+    torch.save({**state, "extra.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"(?s)left over extra\.weight.*resnet50-0676ba61\.pth"):
+        load_backbone(target, tmp_path / "other.pth")

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from finedetr.errors import UsageError
+from finedetr.train.build import Start, build_student
 from finedetr.train.distributed import World, choose_device, open_world
 from finedetr.train.dump import Dump
 from finedetr.train.folder import RunFolder
-from tests.train.small import draw
+from finedetr.train.plan import Plan
+from tests.train.small import draw, small_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +115,19 @@ def test_one_process_needs_no_variables() -> None:
     with open_world("cpu") as world:
         assert (world.size, world.main, world.total([1.0, 2.0]), world.largest([3.0])) == (1, True, [1.0, 2.0], [3.0])
     assert World().wrap(torch.nn.Linear(1, 1), unused=False).training
+
+
+def test_frozen_norms_are_those_that_see_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(self: World, detector: nn.Module) -> None:
+        nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # as on several GPUs
+
+    monkeypatch.setattr(World, "join_norms", join)
+    recipe = small_recipe(freeze=("norms",))
+    student = build_student(recipe, Plan(recipe, 1, 1), ("ant",), World(), Start())
+    student.train()
+    norms = [m for m in student.detector.backbone.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training or norm.weight.requires_grad for norm in norms)
 
 
 @pytest.mark.parametrize(

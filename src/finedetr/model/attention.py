@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from finedetr.model.layers import kept
+
 __all__ = ["DeformableAttention", "SelfAttention", "attend"]
 
 
@@ -211,6 +213,15 @@ def _row_products(bounds: Tensor, columns: Tensor, left: Tensor, right: Tensor) 
     return products
 
 
+@kept
+def _cell_sizes(
+    shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device
+) -> Float[Tensor, "P 2"]:
+    """Width and height of a cell of each point's level."""
+    sizes = [(1 / width, 1 / height) for height, width in shapes]
+    return torch.tensor([size for size, count in zip(sizes, points, strict=True) for _ in range(count)], device=device)
+
+
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., 2021; D-FINE, spec 1.4 step 2: without projections).
 
@@ -284,7 +295,8 @@ class DeformableAttention(nn.Module):
         if references.shape[-1] == 4:
             moved = offsets * self.reach * references[..., 2:]
         else:
-            moved = offsets * self._cells(memory, offsets)
+            shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
+            moved = offsets * _cell_sizes(shapes, self.points, offsets.device)
         places = references[..., :2] + moved  # [B, N, heads, P, 2]
         if self.discrete:
             seen = self._sum_of_cells(places, weights, memory)
@@ -301,11 +313,6 @@ class DeformableAttention(nn.Module):
             return memory
         project = self.value
         return tuple(project(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for level in memory)
-
-    def _cells(self, memory: tuple[Tensor, ...], like: Tensor) -> Float[Tensor, "P 2"]:
-        """Width and height of a cell of each point's level."""
-        sizes = [(1 / level.shape[-1], 1 / level.shape[-2]) for level in memory]
-        return like.new_tensor([size for size, count in zip(sizes, self.points, strict=True) for _ in range(count)])
 
     def _sum_of_corners(self, places: Tensor, weights: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """For the CPU: a sparse product."""

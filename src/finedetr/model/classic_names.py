@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from finedetr.model.config import ModelConfig
+from finedetr.model.rules import ATTENTION, CONV_NORM, FEEDFORWARD, OLD_BACKBONE, OLD_LINEAR, RESNET_BLOCK, Rules
 
 __all__ = ["BACKBONES", "FILES", "classic_rules"]
 
-Rules = tuple[tuple[str, str], ...]
-
 _BACKBONE: Rules = (
     (r"^backbone\.stem\.0\.", "model.backbone.model.embedder.embedder."),
-    (r"^backbone\.stages\.(\d+)\.(\d+)\.convs\.", r"model.backbone.model.encoder.stages.\1.layers.\2.layer."),
+    *RESNET_BLOCK,
     (r"^backbone\.stages\.(\d+)\.(\d+)\.shortcut\.", r"model.backbone.model.encoder.stages.\1.layers.\2.shortcut."),
-    (r"^(model\.backbone.*)\.conv\.weight$", r"\1.convolution.weight"),
-    (r"^(model\.backbone.*)\.norm\.", r"\1.normalization."),
+    *CONV_NORM,
 )
 _SHARED: Rules = (
     (r"^encoder\.input_proj\.(\d)\.(\d)\.", r"model.input_proj.\1.\2."),
@@ -34,14 +32,13 @@ _SHARED: Rules = (
     (r"^decoder\.spatial\.size\.", "model.decoder.ref_anchor_head."),
     (r"^decoder\.query_position_head\.", "model.decoder.ref_point_head."),
     (r"^decoder\.layers\.", "model.decoder.layers."),
-    (r"layers\.(\d+)\.linear([12])\.", r"layers.\1.mlp.fc\2."),
+    *FEEDFORWARD,
 )
 _DECODER: Rules = (
     (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
     (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
     (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
-    (r"\.cross_attention\.", ".encoder_attn."),
-    (r"\.self_attention\.", ".self_attn."),
+    *ATTENTION,
     (r"\.self_attn\.qk\.", ".self_attn.{q|k}_proj."),
     (r"\.self_attn\.v\.", ".self_attn.v_proj."),
 )
@@ -66,7 +63,7 @@ _CONDITIONAL: Rules = (
     (r"encoder_attn\.spatial\.", "encoder_attn.q_pos_sine_proj."),
 )
 _DAB: Rules = (
-    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
+    *OLD_BACKBONE,
     (r"^decoder\.score_heads\.0\.", "class_embed."),
     (r"^decoder\.box_heads\.0\.", "bbox_predictor."),
     (r"encoder(\.layers\.\d+)\.mlp\.", r"encoder\1."),
@@ -89,14 +86,13 @@ _DAB: Rules = (
     (r"\.cross_attention\.spatial\.", ".cross_attn.cross_attn_query_pos_sine_proj."),
 )
 FILES: Rules = (  # what save_pretrained writes
-    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
+    *OLD_BACKBONE,
     (r"(decoder\.layers\.\d+)\.self_attn\.([qk])_(content|pos)_proj\.", r"\1.sa_\2\3_proj."),
     (r"(decoder\.layers\.\d+)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
     (r"(decoder\.layers\.\d+)\.encoder_attn\.q_pos_sine_proj\.", r"\1.ca_qpos_sine_proj."),
     (r"(decoder\.layers\.\d+)\.encoder_attn\.([qk])_(content|pos)_proj\.", r"\1.ca_\2\3_proj."),
     (r"(decoder\.layers\.\d+)\.encoder_attn\.v_proj\.", r"\1.ca_v_proj."),
-    (r"\.mlp\.fc", ".fc"),
-    (r"\.o_proj\.", ".out_proj."),
+    *OLD_LINEAR,
 )
 BACKBONES: Rules = (  # where the backbone is timm's, as in the published files; blocks and stages count from 0 here
     (r"embedder\.embedder\.convolution\.", "conv1."),

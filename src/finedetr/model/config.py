@@ -151,9 +151,17 @@ class DecoderConfig:
         return self.source in ("tokens", "mixed", "proposals")
 
     @property
+    def queries_are_learned(self) -> bool:
+        """Whether each query has tensors of its own, so that their number belongs to the weights."""
+        return self.source not in ("tokens", "proposals") and not self.salient.queries
+
+    @property
     def boxes_are_queries(self) -> bool:
         """Whether a box and a label make a query, as denoising has them; otherwise queries bring their positions."""
         return self.source in ("tokens", "anchors", "mixed")
+
+
+_AT_LEAST_ONE = ("width", "feedforward", "layers", "heads", "queries")
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,17 @@ class ModelConfig:
         return tuple(16 if dilated and stage == 3 else 4 * 2**stage for stage in self.backbone.stages)
 
     def __post_init__(self) -> None:
+        for part, names in (("encoder", ("width", "feedforward", "heads")), ("decoder", _AT_LEAST_ONE)):
+            for name in names:
+                value = getattr(getattr(self, part), name)
+                if value < 1:
+                    raise ConfigError(f"{part}.{name}: at least 1 is wanted, {value} came", code="range")
+        if not self.backbone.stages or min(self.decoder.points, default=0) < 1:
+            raise ConfigError(
+                "at least one of backbone.stages, and one point of each of decoder.points, are wanted; "
+                f"got {self.backbone.stages} and {self.decoder.points}",
+                code="range",
+            )
         if self.encoder.fusion == "lite" and len(self.backbone.stages) != 1:
             raise ConfigError(f"the lite encoder reads one stage of the backbone; got {self.backbone.stages}")
         single = self.decoder.attention == "conditional" or self.encoder.fusion == "single"
@@ -200,6 +219,8 @@ class ModelConfig:
             raise ConfigError(f"conditional attention and a single encoder see one level; got strides {self.strides}")
         if self.decoder.attention == "conditional" and self.decoder.source not in ("points", "anchors"):
             raise ConfigError(f"conditional attention has learned queries; got decoder.source={self.decoder.source!r}")
+        if self.decoder.source == "anchors" and self.decoder.attention != "conditional":
+            raise ConfigError("learned boxes go with conditional attention, as in DAB-DETR; got deformable attention")
         if self.encoder.extra_levels and self.encoder.fusion != "deformable":
             raise ConfigError(f"a deformable encoder has extra_levels; got them with fusion={self.encoder.fusion!r}")
         if len(self.decoder.points) != len(self.strides):
@@ -207,8 +228,6 @@ class ModelConfig:
                 f"decoder.points names {len(self.decoder.points)} levels, the pyramid has {len(self.strides)}; "
                 "give one number of points for each level"
             )
-        if self.decoder.queries < 1:
-            raise ConfigError(f"decoder.queries: at least 1 is wanted, {self.decoder.queries} came", code="range")
         answering = self.decoder.answering
         if answering is not None and not 1 <= answering <= self.decoder.layers:
             raise ConfigError(f"decoder.answering must lie in 1..{self.decoder.layers} (its layers); got {answering}")

@@ -1,4 +1,4 @@
-"""The loop over decoder layers: queries look at one another and at the pyramid, and refine boxes as distributions."""
+"""The loop over decoder layers: queries look at one another and at the pyramid, and refine their boxes."""
 
 from __future__ import annotations
 

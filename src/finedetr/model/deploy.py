@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from finedetr.model.decoder import DistributionDecoder
 from finedetr.model.detector import Detector
@@ -59,7 +60,7 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
 def _fold(module: ConvNorm) -> None:
     """Puts the norm's scale into the weights and its shift into a bias."""
     norm = module.norm
-    if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+    if not isinstance(norm, _BatchNorm | FrozenBatchNorm2d):
         return
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -84,7 +85,8 @@ def _fold(module: ConvNorm) -> None:
 
 def _merge(module: RepConv) -> None:
     """Adds the 1×1 branch to the middle of the 3×3 one."""
-    assert module.conv2 is not None
+    if module.conv2 is None:  # deployed already
+        return
     large, small = module.conv1.conv, module.conv2.conv
     assert large.bias is not None
     assert small.bias is not None

@@ -89,15 +89,7 @@ class Detector(nn.Module):
                 images.device,
             )
         seeds, scoring = self._join(extra, queries, tokens, shapes)
-        answers = self.decoder(
-            seeds.content,
-            seeds.references,
-            memory,
-            blocked,
-            all_stages or bool(extra),
-            seeds.positions,
-            scoring,
-        )
+        answers = self.decoder(seeds.content, seeds.references, memory, blocked, all_stages, seeds.positions, scoring)
         trace = None
         if all_stages:
             own, selection = queries.references.shape[1], self.selection

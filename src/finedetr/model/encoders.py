@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from finedetr.errors import ConfigError
 from finedetr.model.attention import SelfAttention
 from finedetr.model.config import EncoderConfig
-from finedetr.model.layers import ConvNorm
+from finedetr.model.layers import ConvNorm, kept
 from finedetr.model.token_encoders import DeformableEncoder, EncoderLayer, SingleEncoder
 
 __all__ = ["Halve", "HybridEncoder", "LiteEncoder", "RepConv", "build_encoder", "sine_positions"]
 
 
-def sine_positions(height: int, width: int, channels: int, temperature: float = 10000.0) -> Float[Tensor, "T D"]:
+@kept
+def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Float[Tensor, "T D"]:
     """Two-dimensional sine code of every cell, row after row: [sin row, cos row, sin column, cos column].
 
     The official code orders its grid column after row while features run row after column; on squares this table
     equals it, on rectangles the official positions are scrambled and this one is not (spec 1.3).
     """
     quarter = channels // 4
-    omega = 1.0 / temperature ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    omega = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     rows = torch.arange(height, dtype=torch.float64)[:, None] * omega
     columns = torch.arange(width, dtype=torch.float64)[:, None] * omega
     rows = torch.cat((rows.sin(), rows.cos()), dim=1)[:, None].expand(height, width, 2 * quarter)
     columns = torch.cat((columns.sin(), columns.cos()), dim=1)[None].expand(height, width, 2 * quarter)
-    return torch.cat((rows, columns), dim=-1).reshape(height * width, channels).float()
+    return torch.cat((rows, columns), dim=-1).reshape(height * width, channels).float().to(device)
 
 
 class RepConv(nn.Module):
@@ -142,10 +143,7 @@ def _fusion(config: EncoderConfig) -> CSPLayer | RepNCSPELAN:
 
 
 class HybridEncoder(nn.Module):
-    """Backbone maps to a pyramid of equal width.
-
-    Any height and width whose strides divide them works; the sine table of a size is built once and kept.
-    """
+    """Backbone maps to a pyramid of equal width. Any height and width whose strides divide them works."""
 
     def __init__(self, config: EncoderConfig, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -167,7 +165,6 @@ class HybridEncoder(nn.Module):
             ConvNorm(width, width, 3, 2, act=act) if config.fusion == "csp" else SCDown(width) for _ in steps
         )
         self.pan_blocks = nn.ModuleList(_fusion(config) for _ in steps)
-        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
         """The backbone's maps in the encoder's width."""
@@ -195,20 +192,11 @@ class HybridEncoder(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        positions = self._table(int(height), int(width), x.device)
+        positions = sine_positions(int(height), int(width), self.width, x.device)
         for layer in self.layers:
             tokens = layer(tokens, positions)
         out: Tensor = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return out
-
-    def _table(self, height: int, width: int, device: torch.device) -> Tensor:
-        key = (height, width, device)
-        table = self._positions.get(key)
-        if table is None:
-            table = sine_positions(height, width, self.width).to(device)
-            if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
-                self._positions[key] = table
-        return table
 
 
 class Halve(nn.Module):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,9 @@ from finedetr.errors import ModelError
 from finedetr.model.classes import COCO_IDS, COCO_NAMES, OBJECTS365_NAMES
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import look_up, official_names, transformers_names
+from finedetr.model.foreign_names import gather, official_names, tied_names, transformers_names
 from finedetr.model.resnet import RESNETS
+from finedetr.model.transformers import unshaped
 from finedetr.model.zoo import ZOO
 
 __all__ = ["Foreign", "is_foreign", "read_foreign", "read_official"]
@@ -58,9 +59,9 @@ def read_foreign(path: Path) -> Foreign:
     Official ones are `.pth` files of D-FINE, DEIM, DEIMv2 and RT-DETR(v2), and `.safetensors` files with their names,
     alone or in a folder beside the `config.json` with which DEIMv2 lies on the Hub.
 
-    Nothing of a file is executed. Which model it is follows from the shapes of its tensors; D-FINE and its DEIM twin
-    have the same, and so has RT-DETRv2 with discrete sampling, so the words "deim" and "dsp" in the file's name decide
-    between them.
+    Nothing of a file is executed. Which model it is follows from the shapes of its tensors. D-FINE and its DEIM twin
+    have the same, and so has RT-DETRv2 with discrete sampling: of official files, the words "deim" and "dsp" in the
+    name (see `_title`) decide; transformers has no DEIM, and its configuration says how it samples.
 
     Raises:
         ModelError: Unreadable, or no model of the table fits, or tensors are left over: they are named, and so is the
@@ -68,18 +69,26 @@ def read_foreign(path: Path) -> Foreign:
     """
     folder = _hub_folder(path)
     settings = _settings(folder) if folder is not None else {}
-    names_of: Callable[[str, ModelConfig], tuple[str, ...]]
+    names_of: Callable[..., tuple[str, ...]]  # of a key and a configuration
     if folder is not None and "model_type" in settings:
         given, names_of = _read_transformers(folder, settings), transformers_names
     else:
         given, names_of = read_official(path if folder is None else folder / WEIGHTS), official_names
+    title = "" if names_of is transformers_names else _title(path, folder)
     rows = [_with_queries(row, settings) for row in _rows() if _may_be(row, settings)]
-    config, state, used = _fit(given, names_of, rows, path)
-    if settings.get("decoder_method") in ("default", "discrete"):
-        config = _sampled(config, discrete=settings["decoder_method"] == "discrete")
+    config, state, used = _fit(given, names_of, _likely_first(rows, given, title), path)
+    if settings.get("decoder_method") == "discrete":
+        config = _sampled(config)
+    config = _with_bins(config, state)
+    if names_of is transformers_names:
+        _check_settings(config, settings, path)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
     ignored = ("num_batches_tracked", "n_points_scale", "num_points_scale", "anchors", "valid_mask", "bias_mask")
-    unused = [key for key in given if key not in used and not key.endswith(ignored) and not _tied(key, given)]
+    tied = {
+        other: name for name in used for one in tied_names(name, config) for other in (one, *tied_names(one, config))
+    }
+    same = {key for key, name in tied.items() if key in given and torch.equal(given[key], given[name])}
+    unused = [key for key in given if key not in used | same and not key.endswith(ignored)]
     if unused:
         raise ModelError(
             f"{path} looks like {config.name}, but holds {len(unused)} tensors more: {', '.join(unused[:5])}",
@@ -166,13 +175,16 @@ def read_official(path: Path) -> dict[str, Tensor]:
         for key in step:
             found = found.get(key) if isinstance(found, Mapping) else None
         if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+            strange = [key for key, value in found.items() if value.layout != torch.strided or value.is_quantized]
+            if strange:
+                raise ModelError(f"{path}: {strange[0]} is sparse or quantized; plain tensors are read", code="schema")
             return {str(key).removeprefix("module."): value for key, value in found.items()}
     raise ModelError(f"{path} holds no table of tensors under ema.module, model or at its top", code="schema")
 
 
 def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     labels = settings.get("id2label")
-    if isinstance(labels, Mapping) and len(labels) == count:
+    if isinstance(labels, Mapping) and len(labels) == count and all(key.isdecimal() for key in labels):
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
         # COCO's 91 outputs have ten that stand for nothing, all called "N/A"
         names = tuple(name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names))
@@ -189,37 +201,26 @@ def _classes(count: int, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], 
 
 def _fit(
     given: Mapping[str, Tensor],
-    names_of: Callable[[str, ModelConfig], tuple[str, ...]],
+    names_of: Callable[..., tuple[str, ...]],
     rows: list[ModelConfig],
     path: Path,
 ) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
     """The model of the table whose every tensor is in the file with its shape."""
     count = _count_classes(given)
     best: tuple[int, str, list[str]] | None = None
-    for config in _likely_first(rows, given, path):
-        own = _blueprint(config, count)
-        state, used, faults = {}, set(), []
-        for key, tensor in own.items():
-            found = [look_up(given, name) for name in names_of(key, config)]
-            if any(part is None for part in found):
-                if key.endswith("num_batches_tracked") or (config.classic and key.startswith("label_embedding")):
-                    state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                else:
-                    faults.append(f"missing {key}")
-                continue
-            parts = [part for part in found if part is not None]
-            used |= {name for name, _ in parts}
-            joined = torch.cat([value for _, value in parts]) if len(parts) > 1 else parts[0][1]
-            if joined.numel() == tensor.numel() == 1:
-                joined = joined.reshape(tensor.shape)
-            if joined.shape != tensor.shape:
-                faults.append(f"{key} is {tuple(joined.shape)}, expected {tuple(tensor.shape)}")
-            state[key] = joined
-        if not faults:
-            return config, state, used
-        if best is None or len(faults) < best[0]:
-            best = (len(faults), config.name, faults[:3])
-    assert best is not None
+    for config in rows:
+        absent = ("label_embedding",) if config.classic else ()
+        found = gather(_blueprint(config, count), functools.partial(names_of, config=config), given, absent)
+        if not found.faults:
+            return config, found.state, found.used
+        if best is None or len(found.faults) < best[0]:
+            best = (len(found.faults), config.name, found.faults[:3])
+    if best is None:
+        raise ModelError(
+            f"{path} is of no model of `finedetr models`, as its config.json describes it",
+            code="mismatch",
+            hint="Of deformable_detr there are: one stage, with_box_refine, both stages with it; 4 levels or 1.",
+        )
     raise ModelError(
         f"{path} fits no model of `finedetr models`; the closest, {best[1]}, lacks {best[0]} tensors: "
         f"{'; '.join(best[2])}",
@@ -234,27 +235,55 @@ def _blueprint(config: ModelConfig, count: int) -> dict[str, Tensor]:
         return Detector(config, count).state_dict()
 
 
-def _likely_first(rows: list[ModelConfig], given: Mapping[str, Tensor], path: Path) -> list[ModelConfig]:
+def _title(path: Path, folder: Path | None) -> str:
+    """What whoever made a file calls it: the name of the file, its folder, or its repository in the Hub's cache."""
+    if folder is None:
+        return path.name.lower()
+    folder = folder.resolve()
+    return (folder.parent.parent if folder.parent.name == "snapshots" else folder).name.lower()
+
+
+def _likely_first(rows: list[ModelConfig], given: Mapping[str, Tensor], title: str) -> list[ModelConfig]:
     """The rows of the table, those most like the file first: building a model, even without numbers, takes a moment."""
     shape = _shape(given)
     resnet = any("res_layers" in key or ".embedder.embedder." in key for key in given)
-    said = str(path).lower()
 
     def unlike(row: ModelConfig) -> tuple[bool, ...]:
         return (
             (row.decoder.width, row.decoder.layers) != shape or (row.backbone.name in RESNETS) != resnet,
-            row.name.startswith("deim-") != ("deim" in said),
-            row.name.endswith("-dsp") != ("dsp" in said),
+            row.name.startswith("deim-") != ("deim" in title),
+            row.name.endswith("-dsp") != ("dsp" in title),
         )
 
     return sorted(rows, key=unlike)
 
 
-def _sampled(config: ModelConfig, *, discrete: bool) -> ModelConfig:
-    """The same model with the other way to sample the pyramid, under that one's name."""
-    name = config.name.removesuffix("-dsp") + ("-dsp" if discrete else "")
-    sampling: Literal["bilinear", "discrete"] = "discrete" if discrete else "bilinear"
-    return replace(config, name=name, decoder=replace(config.decoder, sampling=sampling))
+def _sampled(config: ModelConfig) -> ModelConfig:
+    """The same model that samples the pyramid at single cells, under that one's name."""
+    name = config.name.removesuffix("-dsp") + "-dsp"
+    return replace(config, name=name, decoder=replace(config.decoder, sampling="discrete"))
+
+
+def _check_settings(config: ModelConfig, settings: Mapping[str, Any], path: Path) -> None:
+    """Holds a configuration of transformers to the model in what decides answers and no shape."""
+    for key, wanted in unshaped(config).items():
+        given = settings.get(key, wanted)
+        if isinstance(wanted, list) and isinstance(given, int):
+            given = [given] * len(wanted)
+        if given != wanted:
+            raise ModelError(
+                f"{path} looks like {config.name}, for which {key} is {wanted!r}; its config.json says {given!r}",
+                code="mismatch",
+                hint="Only what answers as the published model does is read.",
+            )
+
+
+def _with_bins(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
+    """The same model, whose bins mean what the file says: `reg_scale` and `up` are numbers of the weights."""
+    if config.decoder.boxes == "plain":
+        return config
+    scale, up = (float(state[f"decoder.bin_table.{name}"]) for name in ("reg_scale", "up"))
+    return replace(config, decoder=replace(config.decoder, scale=scale, up=up))
 
 
 def _rows() -> Iterator[ModelConfig]:
@@ -278,40 +307,38 @@ def _may_be(row: ModelConfig, settings: Mapping[str, Any]) -> bool:
             shape = (source, bool(settings.get("with_box_refine")), settings.get("num_feature_levels", 4))
             own = (decoder.source, decoder.refine, len(row.strides))
             fits = row.classic and decoder.attention == "deformable" and own == shape
-        case _:
+        case None:
             return not row.classic
-    backbone = {**(settings.get("backbone_kwargs") or {}), **(settings.get("backbone_config") or {})}
+        case _:
+            return not row.classic and not row.name.startswith("deim-")
+    tables = [settings.get(key) for key in ("backbone_kwargs", "backbone_config")]
+    backbone = {key: value for table in tables if isinstance(table, dict) for key, value in table.items()}
     return fits and row.backbone.dilated == (bool(settings.get("dilation")) or backbone.get("output_stride") == 16)
 
 
 def _with_queries(row: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig:
     """The same model with as many queries as the configuration says."""
     count = settings.get("two_stage_num_proposals" if row.decoder.source == "proposals" else "num_queries")
-    return replace(row, decoder=replace(row.decoder, queries=count)) if isinstance(count, int) else row
+    if count is None:
+        return row
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelError(f"config.json: at least 1 query is wanted, {count!r} came", code="schema")
+    return replace(row, decoder=replace(row.decoder, queries=count))
 
 
 def _shape(given: Mapping[str, Tensor]) -> tuple[int, int]:
     """Width and layers of the decoder in a file."""
     layers = {match[1] for key in given if (match := re.match(r"(?:model|decoder)\.decoder\.layers\.(\d+)\.", key))}
-    scores = [given[name] for name in _SCORES if name in given]
-    return (scores[0].shape[-1] if scores else 0), len(layers)
+    scores = _scores(given)
+    return (0 if scores is None else scores.shape[1]), len(layers)
 
 
 def _count_classes(given: Mapping[str, Tensor]) -> int:
-    scores = [given[name] for name in _SCORES if name in given]
-    return len(scores[0]) if scores else len(COCO_NAMES)
+    scores = _scores(given)
+    return len(COCO_NAMES) if scores is None else len(scores)
 
 
-_TIED = (
-    (r"^((class|bbox)_embed\.)", r"model.decoder.\1"),
-    (r"^((class|bbox)_embed)\.\d+\.", r"\1.0."),
-    (r"^model\.decoder\.bbox_embed\.layers\.", "bbox_predictor.layers."),
-    (r"^decoder\.decoder\.(up|reg_scale)$", r"decoder.\1"),
-    (r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0."),
-)
-
-
-def _tied(key: str, given: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor is a second name of another one: the same numbers, so that nothing is lost."""
-    names = (re.sub(pattern, new, key) for pattern, new in _TIED)
-    return any(name != key and name in given and torch.equal(given[name], given[key]) for name in names)
+def _scores(given: Mapping[str, Tensor]) -> Tensor | None:
+    """The weights of a class head [C, D], if the file has any."""
+    heads = (given[name] for name in _SCORES if name in given)
+    return next((head for head in heads if head.ndim == 2 and len(head)), None)

@@ -1,28 +1,29 @@
 """What others call the tensors of our models: the official code, and Hugging Face transformers (spec 2.2, 2.3).
 
-One table of renamings for each world, from our names to theirs, applied in order.
+Tables of renamings from our names to theirs, for each world and what its models are made of, applied in order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from finedetr.model.classic_names import BACKBONES, FILES, classic_rules
 from finedetr.model.config import ModelConfig
 from finedetr.model.resnet import RESNETS
+from finedetr.model.rules import ATTENTION, CONV_NORM, FEEDFORWARD, OLD_LINEAR, RESNET_BLOCK, SQUEEZE, Rules, rename
 from finedetr.model.vit import VITS
 
-__all__ = ["inside_official", "look_up", "official_names", "transformers_names"]
-
-Rules = tuple[tuple[str, str], ...]
+__all__ = ["Gathered", "gather", "inside_official", "look_up", "official_names", "tied_names", "transformers_names"]
 
 _RESNET_TO_TRANSFORMERS: Rules = (
     (r"^backbone\.stem\.(\d)\.", r"model.backbone.model.embedder.embedder.\1."),
-    (r"^backbone\.stages\.(\d+)\.(\d+)\.convs\.", r"model.backbone.model.encoder.stages.\1.layers.\2.layer."),
+    *RESNET_BLOCK,
     (r"^backbone\.stages\.0\.(\d+)\.shortcut\.", r"model.backbone.model.encoder.stages.0.layers.\1.shortcut."),
     (
         r"^backbone\.stages\.(\d+)\.(\d+)\.shortcut\.",
@@ -34,16 +35,14 @@ _RTDETR_TO_TRANSFORMERS: Rules = (
     (r"^decoder\.layers\.(\d+)\.norm2\.", r"model.decoder.layers.\1.encoder_attn_layer_norm."),
     (r"\.cross_attention\.value\.", ".cross_attention.value_proj."),
     (r"\.cross_attention\.out\.", ".cross_attention.output_proj."),
-    (r"layers\.(\d+)\.linear([12])\.", r"layers.\1.mlp.fc\2."),
+    *FEEDFORWARD,
 )
 _TO_TRANSFORMERS: Rules = (
     (r"^backbone\.stem\.", "model.backbone.model.embedder."),
     (r"^backbone\.stages\.", "model.backbone.model.encoder.stages."),
-    (r"^(model\.backbone.*)\.conv\.weight$", r"\1.convolution.weight"),
-    (r"^(model\.backbone.*)\.norm\.", r"\1.normalization."),
+    *CONV_NORM,
     (r"^(model\.backbone.*)\.affine\.", r"\1.lab."),
-    (r"\.squeeze\.", ".aggregation.0."),
-    (r"\.expand\.", ".aggregation.1."),
+    *SQUEEZE,
     (r"^encoder\.input_proj\.(\d+)\.conv\.", r"model.encoder_input_proj.\1.0."),
     (r"^encoder\.input_proj\.(\d+)\.norm\.", r"model.encoder_input_proj.\1.1."),
     (r"^decoder_input_proj\.(\d+)\.conv\.", r"model.decoder_input_proj.\1.0."),
@@ -72,12 +71,11 @@ _TO_TRANSFORMERS: Rules = (
     (r"^decoder\.quality_heads\.(\d+)\.mlp\.", r"model.decoder.lqe_layers.\1.reg_conf."),
     (r"^decoder\.layers\.(\d+)\.norm1\.", r"model.decoder.layers.\1.self_attn_layer_norm."),
     (r"^decoder\.layers\.(\d+)\.norm3\.", r"model.decoder.layers.\1.final_layer_norm."),
-    (r"\.cross_attention\.", ".encoder_attn."),
     (r"^decoder\.", "model.decoder."),
     (r"layers\.(\d+)\.linear1\.", r"layers.\1.mlp.layers.0."),
     (r"layers\.(\d+)\.linear2\.", r"layers.\1.mlp.layers.1."),
     (r"\.self_attention\.out\.", ".self_attn.o_proj."),
-    (r"\.self_attention\.", ".self_attn."),
+    *ATTENTION,
 )
 _OLD_SPELLINGS: Rules = (  # what save_pretrained writes; RT-DETR's first version; one of two names of one parameter
     (r"^decoder\.(up|reg_scale)$", r"decoder.decoder.\1"),
@@ -86,8 +84,7 @@ _OLD_SPELLINGS: Rules = (  # what save_pretrained writes; RT-DETR's first versio
     (r"model\.encoder\.aifi\.", "model.encoder.encoder."),
     (r"\.mlp\.layers\.0\.", ".fc1."),
     (r"\.mlp\.layers\.1\.", ".fc2."),
-    (r"\.mlp\.fc", ".fc"),
-    (r"\.o_proj\.", ".out_proj."),
+    *OLD_LINEAR,
 )
 _RTDETR_HGNET: Rules = (  # RT-DETRv2's own HGNetv2, where padding and convolution are one sequence
     (r"\.aggregation\.0\.", ".aggregation_squeeze_conv."),
@@ -104,11 +101,22 @@ _RESNET_TO_OFFICIAL: Rules = (
     (r"^backbone\.stages\.0\.(\d+)\.shortcut\.", r"backbone.res_layers.0.blocks.\1.short."),
     (r"^backbone\.stages\.(\d+)\.(\d+)\.shortcut\.", r"backbone.res_layers.\1.blocks.\2.short.conv."),
 )
+_RESNET_TO_TORCHVISION: Rules = (
+    (r"^backbone\.stem\.0\.conv\.", "backbone.conv1."),
+    (r"^backbone\.stem\.0\.norm\.", "backbone.bn1."),
+    (r"^(backbone\.stages\..*)\.shortcut\.conv\.", r"\1.downsample.0."),
+    (r"^(backbone\.stages\..*)\.shortcut\.norm\.", r"\1.downsample.1."),
+    *(  # blocks and stages count from 0 here
+        (rf"^(backbone\.stages\..*)\.convs\.{conv}\.{ours}\.", rf"\1.{theirs}{conv + 1}.")
+        for conv in range(3)
+        for ours, theirs in (("conv", "conv"), ("norm", "bn"))
+    ),
+    *((rf"^backbone\.stages\.{stage}\.", f"backbone.layer{stage + 1}.") for stage in range(4)),
+)
 _HGNET_TO_OFFICIAL: Rules = (
     (r"^(backbone\..*)\.norm\.", r"\1.bn."),
     (r"^(backbone\..*)\.affine\.", r"\1.lab."),
-    (r"\.squeeze\.", ".aggregation.0."),
-    (r"\.expand\.", ".aggregation.1."),
+    *SQUEEZE,
 )
 _VIT_TO_OFFICIAL: Rules = (
     (r"^backbone\.joins\.(\d)\.conv\.", r"backbone.convs.\1."),
@@ -160,24 +168,30 @@ _TO_OFFICIAL: Rules = (
 )
 
 
-def _rename(key: str, rules: Rules) -> str:
-    for pattern, new in rules:
-        key = re.sub(pattern, new, key)
-    return key
-
-
 def transformers_names(key: str, config: ModelConfig) -> tuple[str, ...]:
     """Where transformers keeps a tensor of ours; queries and keys are two there."""
     if config.classic:
-        name = _rename(key, classic_rules(config))
+        name = rename(key, classic_rules(config))
         found = re.search(r"\{(\w+)\|(\w+)\}", name)
         return (name,) if found is None else tuple(name.replace(found[0], part) for part in found.groups())
     rules = _RESNET_TO_TRANSFORMERS if config.backbone.name in RESNETS else ()
     rules += _RTDETR_TO_TRANSFORMERS if config.decoder.boxes == "plain" else ()
-    name = _rename(key, rules + _TO_TRANSFORMERS)
+    name = rename(key, rules + _TO_TRANSFORMERS)
     if ".self_attn.qk." in name:
         return tuple(name.replace(".self_attn.qk.", f".self_attn.{part}_proj.") for part in ("q", "k"))
     return (name.replace(".self_attn.v.", ".self_attn.v_proj."),)
+
+
+def tied_names(name: str, config: ModelConfig) -> tuple[str, ...]:
+    """Under which names over there a tensor is kept once more."""
+    layers, shared = range(config.decoder.layers), config.decoder.shared_boxes or config.decoder.shared_scores
+    if (head := re.match(r"(class_embed|bbox_embed|decoder\.dec_bbox_head)\.0\.", name)) and shared:
+        return tuple(f"{head[1]}.{layer}.{name[head.end() :]}" for layer in layers)
+    if name.startswith("bbox_predictor.") and config.decoder.refine:
+        return (name.replace("bbox_predictor.", "model.decoder.bbox_embed."),)
+    if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
+        return (name.removeprefix("model.decoder."),)
+    return (name.replace("decoder.", "decoder.decoder."),) if name in ("decoder.up", "decoder.reg_scale") else ()
 
 
 def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:
@@ -185,10 +199,10 @@ def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:
 
     Queries, keys and values of the decoder are one there (`name@part`); the two halves of a gated layer of DINOv3 two.
     """
-    name = _rename(key, _backbone_rules(config.backbone.name))
+    name = rename(key, _backbone_rules(config.backbone.name))
     if config.decoder.gated:
-        name = _rename(name, _DEIMV2_TO_OFFICIAL)
-    name = _rename(name, _TO_OFFICIAL)
+        name = rename(name, _DEIMV2_TO_OFFICIAL)
+    name = rename(name, _TO_OFFICIAL)
     if ".mlp.fc1." in name and VITS[config.backbone.name].gated:
         return tuple(name.replace(".fc1.", f".{half}.") for half in ("w1", "w2"))
     joint = re.sub(r"\.self_attn\.(qk|v)\.(weight|bias)$", r".self_attn.in_proj_\2", name)
@@ -197,7 +211,7 @@ def official_names(key: str, config: ModelConfig) -> tuple[str, ...]:
 
 def _backbone_rules(name: str) -> Rules:
     if name in RESNETS:
-        return _RESNET_TO_OFFICIAL
+        return _RESNET_TO_TORCHVISION if RESNETS[name].plain else _RESNET_TO_OFFICIAL
     if name not in VITS:
         return _HGNET_TO_OFFICIAL
     gated = _GATED_VIT_TO_OFFICIAL if VITS[name].gated else ()
@@ -212,10 +226,56 @@ def inside_official(vit: str) -> str:
 @lru_cache(maxsize=65536)  # every row of the table asks for much the same names
 def _spellings(name: str) -> tuple[str, ...]:
     """All ways in which files of transformers spell a name that it has in memory."""
-    file = _rename(name, FILES)
-    timm = (_rename(file, BACKBONES), _rename(name, BACKBONES)) if name.startswith("model.backbone.") else ()
-    old = (_rename(name, _OLD_SPELLINGS), _rename(name, _RTDETR_HGNET))
+    file = rename(name, FILES)
+    timm = (rename(file, BACKBONES), rename(name, BACKBONES)) if name.startswith("model.backbone.") else ()
+    old = (rename(name, _OLD_SPELLINGS), rename(name, _RTDETR_HGNET))
     return (name, *old, file, *timm, name.removeprefix("model.decoder."))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a file has of a model of ours."""
+
+    state: dict[str, Tensor]  # under our names
+    used: set[str]  # their names
+    faults: list[str]
+
+
+def gather(
+    own: Mapping[str, Tensor],
+    names_of: Callable[[str], tuple[str, ...]],
+    given: Mapping[str, Tensor],
+    absent: tuple[str, ...] = (),
+) -> Gathered:
+    """Finds every tensor of ours in a file.
+
+    Args:
+        own: Ours, for their shapes.
+        names_of: Where one of them is over there; several are joined.
+        given: The tensors of the file.
+        absent: Beginnings of those that the file may lack, which are zero then; counts of batches always may.
+    """
+    gathered = Gathered({}, set(), [])
+    for key, tensor in own.items():
+        names = names_of(key)
+        found = [part for part in (look_up(given, name) for name in names) if part is not None]
+        if len(found) < len(names):
+            if key.endswith("num_batches_tracked") or key.startswith(absent):
+                gathered.state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            else:
+                gathered.faults.append(f"missing {names[0].partition('@')[0]}")
+            continue
+        gathered.used.update(name for name, _ in found)
+        values = [value for _, value in found]
+        if len(values) == 1 and values[0].numel() == tensor.numel() == 1:
+            values = [values[0].reshape(tensor.shape)]
+        wrong = [value for value in values if value.shape[1:] != tensor.shape[1:] or value.ndim != tensor.ndim]
+        if wrong or sum(len(value) if value.ndim else 1 for value in values) != (len(tensor) if tensor.ndim else 1):
+            said = " and ".join(str(tuple(value.shape)) for value in values)
+            gathered.faults.append(f"{names[0].partition('@')[0]} is {said}, expected {tuple(tensor.shape)}")
+        else:
+            gathered.state[key] = torch.cat(values) if len(values) > 1 else values[0]
+    return gathered
 
 
 def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None:
@@ -224,7 +284,7 @@ def look_up(given: Mapping[str, Tensor], name: str) -> tuple[str, Tensor] | None
     for spelling in _spellings(name):
         if spelling in given:
             tensor = given[spelling]
-            if part:
+            if part and tensor.ndim:
                 third = tensor.shape[0] // 3
                 tensor = tensor[: 2 * third] if part == "qk" else tensor[2 * third :]
             return spelling, tensor

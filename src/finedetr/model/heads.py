@@ -14,24 +14,25 @@ __all__ = ["LocationQuality", "expected_distances"]
 
 def expected_distances(probabilities: Float[Tensor, "*N 4 K"], bins: Float[Tensor, " K"]) -> Float[Tensor, "*N 4"]:
     """The mean edge distance of each distribution: Σ_n P(n)·W(n) (D-FINE, eq. 2)."""
-    return probabilities @ bins
+    return probabilities @ bins.to(probabilities)
 
 
 class LocationQuality(nn.Module):
     """How sure a query is of its edges, added to all of its class scores (D-FINE's LQE; after GFLv2).
 
-    Reads the `top` largest probabilities of each edge and their mean.
+    Reads the four largest probabilities of each edge and their mean.
     """
 
-    def __init__(self, act: str, top: int = 4, hidden: int = 64) -> None:
+    TOP, HIDDEN = 4, 64  # as published
+
+    def __init__(self, act: str) -> None:
         super().__init__()
-        self.top = top
-        self.mlp = MLP(4 * (top + 1), hidden, 1, 2, act)
+        self.mlp = MLP(4 * (self.TOP + 1), self.HIDDEN, 1, 2, act)
         self.mlp.zero_last()
 
     def forward(self, probabilities: Float[Tensor, "B N 4 K"]) -> Float[Tensor, "B N 1"]:
         """One addend for the logits of each query."""
-        best = probabilities.topk(self.top, dim=-1).values
+        best = probabilities.topk(self.TOP, dim=-1).values
         out: Tensor = self.mlp(torch.cat((best, best.mean(dim=-1, keepdim=True)), dim=-1).flatten(2))
         return out
 

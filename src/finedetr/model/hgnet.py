@@ -167,4 +167,4 @@ class HGNet(Backbone):
         self.stages = nn.ModuleList(
             Stage(row, affine=config.affine, frozen=frozen) for row in table.stages[: max(config.stages) + 1]
         )
-        self.initialize(config.freeze_stem)
+        self.initialize(config.freeze_stem, config.freeze_stages)

@@ -1,16 +1,19 @@
-"""Small parts that every floor of the model uses: convolution with norm, affine ReLU, MLP, frozen norm."""
+"""Small parts that every floor of the model uses: convolution with norm, affine ReLU, MLP, frozen norm, kept tables."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from finedetr.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,7 +24,11 @@ __all__ = [
     "LearnableAffine",
     "activation",
     "focal_bias",
+    "kept",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -31,9 +38,29 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return nn.PReLU() if name == "prelu" else ACTIVATIONS[name]
 
 
-def focal_bias(prior: float = 0.01) -> float:
-    """The bias at which a sigmoid answers `prior` (Lin et al., 2017): -log((1 - prior) / prior)."""
-    return -math.log((1 - prior) / prior)
+def focal_bias() -> float:
+    """The bias at which a sigmoid answers 0.01 (Lin et al., 2017): -log((1 - 0.01) / 0.01)."""
+    return -math.log(99.0)
+
+
+def kept(build: Callable[P, T]) -> Callable[P, T]:
+    """Builds a table of constants once for each size and device, and keeps the last 64 for all that ask.
+
+    As ordinary tensors even in `inference_mode`, for training may ask next.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return build(*args, **kwargs)
+
+    @functools.wraps(build)
+    def table(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():  # a traced graph holds it as a constant
+            return build(*args, **kwargs)
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    return table
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -193,6 +220,10 @@ class Backbone(nn.Module):
 
     def __init__(self, returned: tuple[int, ...], channels: tuple[int, ...]) -> None:
         super().__init__()
+        if not 0 <= min(returned) <= max(returned) < len(channels):
+            raise ConfigError(
+                f"backbone.stages: numbers in 0..{len(channels) - 1} are wanted, {returned} came", code="range"
+            )
         self.returned = returned
         self.channels = tuple(channels[stage] for stage in returned)
 

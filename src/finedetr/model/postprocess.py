@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["top_detections"]
 
-PUBLISHED = 300
+PUBLISHED_TOP = 300
 
 
 def top_detections(
@@ -23,7 +23,7 @@ def top_detections(
         k: None: 300, as published, or one for each query where there are more queries.
     """
     queries, classes = logits.shape[1:]
-    k = max(PUBLISHED, queries) if k is None else k
+    k = max(PUBLISHED_TOP, queries) if k is None else k
     scores, index = logits.float().sigmoid().flatten(1).topk(min(k, queries * classes), dim=1)
     query = index // classes
     return scores, index - query * classes, boxes.gather(1, query[..., None].expand(-1, -1, 4))

@@ -1,23 +1,24 @@
-"""Official files of a backbone alone (HGNetv2, ResNet-vd, ViT): into the backbone of a new detector."""
+"""Official files of a backbone alone (HGNetv2, ResNet-vd, torchvision's ResNet, ViT): into that of a new detector."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from finedetr.errors import ModelError
 from finedetr.model.detector import Detector
 from finedetr.model.foreign import read_official
-from finedetr.model.foreign_names import inside_official, look_up, official_names
+from finedetr.model.foreign_names import gather, inside_official, official_names
 from finedetr.model.hgnet import HGNETS
+from finedetr.model.resnet import RESNETS
 from finedetr.model.vit import AdaptedViT
 
 __all__ = ["load_backbone", "official_file"]
 
-_CONSTANT = ("num_batches_tracked", "bias_mask")
+_UNUSED = ("num_batches_tracked", "bias_mask")
+_CLASSIFIER = ("fc.weight", "fc.bias")  # of torchvision's files
 _STORAGE = "github.com/{}/storage/releases/download/{}/"
 _RESNETS = {
     "R18": "ResNet18_vd_pretrained_from_paddle.pth",
@@ -25,12 +26,15 @@ _RESNETS = {
     "R50": "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
     "R101": "ResNet101_vd_ssld_pretrained_from_paddle.pth",
 }
+_TORCHVISION = {"resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}  # its first weights
 
 
 def official_file(backbone: str) -> str:
     """Where the authors keep the weights of a backbone (spec 1.1, 1.2); empty where they keep none."""
     if re.fullmatch(r"B\d", backbone) and backbone in HGNETS:
         return _STORAGE.format("Peterande", "dfinev1.0") + f"PPHGNetV2_{backbone}_stage1.pth"
+    if backbone in _TORCHVISION:
+        return f"download.pytorch.org/models/{_TORCHVISION[backbone]}"
     return _STORAGE.format("lyuwenyu", "v0.1") + _RESNETS[backbone] if backbone in _RESNETS else ""
 
 
@@ -50,24 +54,16 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
         part, own, prefix, stages = backbone.pretrained, "backbone.vit.", inside_official(name), 0
     else:
         part, own, prefix, stages = backbone, "backbone.", "backbone.", len(backbone.stages)
-    given = {prefix + key: tensor for key, tensor in read_official(path).items()}
-    used, faults, state = set(), [], {}
-    for key, tensor in part.state_dict().items():
-        names = official_names(own + key, config)
-        found = [each for each in (look_up(given, theirs) for theirs in names) if each is not None]
-        if len(found) < len(names):
-            if not key.endswith("num_batches_tracked"):
-                faults.append(f"missing {names[0].removeprefix(prefix)}")
-            continue
-        used |= {theirs for theirs, _ in found}
-        state[key] = torch.cat([value for _, value in found]) if len(found) > 1 else found[0][1]
-        if state[key].shape != tensor.shape:
-            faults.append(
-                f"{names[0].removeprefix(prefix)} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-            )
-    rest = [key.removeprefix(prefix) for key in given if key not in used and not key.endswith(_CONSTANT)]
+    given = read_official(path)
+
+    def names_of(key: str) -> tuple[str, ...]:
+        return tuple(theirs.removeprefix(prefix) for theirs in official_names(own + key, config))
+
+    found = gather(part.state_dict(), names_of, given)
+    unused = (*_UNUSED, *_CLASSIFIER) if name in RESNETS and RESNETS[name].plain else _UNUSED
+    rest = [key for key in given if key not in found.used and not key.endswith(unused)]
     beyond = [key for key in rest if _stage(key) >= stages]
-    faults += [f"left over {key}" for key in rest if key not in beyond]
+    faults = found.faults + [f"left over {key}" for key in rest if key not in beyond]
     if faults:
         official = official_file(name)
         raise ModelError(
@@ -76,13 +72,14 @@ def load_backbone(detector: Detector, path: str | Path) -> list[tuple[str, str]]
             code="mismatch",
             hint=f"The official file is {official}" if official else "",
         )
-    with torch.no_grad():
-        part.load_state_dict(state, strict=False)  # counts of batches may be absent, nothing else
-    rows = [("backbone", f"{len(state)} tensors of {path.name}")]
+    part.load_state_dict(found.state)
+    rows = [("backbone", f"{len(found.used)} tensors of {path.name}")]
     return rows + ([("dropped", f"{len(beyond)} tensors of stages that {name} has not here")] if beyond else [])
 
 
 def _stage(key: str) -> int:
     """Which stage a tensor belongs to; -1: none."""
-    found = re.match(r"(?:stages|res_layers)\.(\d+)\.", key)
-    return int(found[1]) if found else -1
+    found = re.match(r"(?:stages|res_layers)\.(\d+)\.|layer(\d)\.", key)
+    if found is None:
+        return -1
+    return int(found[1]) if found[1] else int(found[2]) - 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
 from finedetr.model.decoder_layers import Seeds
-from finedetr.model.layers import MLP, focal_bias
+from finedetr.model.layers import MLP, focal_bias, kept
 from finedetr.model.salient import MiniDetector, SalientPoints, level_maps
 from finedetr.model.sines import sine_code
 
@@ -49,8 +49,9 @@ class Queries:
     scoring: Seeds | None = None  # what the branch for classes of a split decoder starts with, where it has its own
 
 
+@kept
 def anchor_table(
-    shapes: tuple[tuple[int, int], ...], side: float = 0.05, margin: float = 0.01
+    shapes: tuple[tuple[int, int], ...], device: torch.device, side: float = 0.05, margin: float = 0.01
 ) -> tuple[Float[Tensor, "T 4"], Bool[Tensor, "T 1"]]:
     """Logits of one anchor a cell, row after row, level after level, and which of them are usable.
 
@@ -64,7 +65,7 @@ def anchor_table(
         anchors.append(torch.cat((center, torch.full_like(center, side * 2.0**level)), dim=-1).flatten(0, 1))
     table = torch.cat(anchors)
     usable = ((table > margin) & (table < 1 - margin)).all(dim=-1, keepdim=True)
-    return torch.log(table / (1 - table)).masked_fill(~usable, torch.inf), usable
+    return torch.log(table / (1 - table)).masked_fill(~usable, torch.inf).to(device), usable.to(device)
 
 
 class QuerySelection(nn.Module):
@@ -90,31 +91,42 @@ class QuerySelection(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
         nn.init.constant_(self.score_head.bias, focal_bias())
         self.box_head.zero_last()
-        self._tables: dict[tuple[tuple[tuple[int, int], ...], torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch; at most as many as the pyramid has cells."""
-        anchors, usable = self._table(shapes, memory.device)
+        anchors, usable = anchor_table(shapes, memory.device)
         memory = memory.masked_fill(~usable, 0.0)
+        if self.agnostic:
+            return self._proposed(memory, anchors)
         # Ranking needs no gradient. Only the chosen tokens go through the heads a second time, with one: the same
         # gradient as through all tokens, for a fraction of the backward pass.
         with torch.no_grad():
             embedded = self.norm(self.proj(memory))
-            scores = self.score_head(embedded)
-            best = scores[..., 0] if self.agnostic else scores.amax(dim=-1)
-            tokens = best.topk(min(self.queries, memory.shape[1]), dim=1).indices
-        chosen = memory.gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
-        content = self.norm(self.proj(chosen))
+            tokens = self._best(self.score_head(embedded).amax(dim=-1))
+        content = self.norm(self.proj(_pick(memory, tokens)))
         answer = self._answer(content, anchors[tokens])
         boxes, kept = answer.boxes.detach(), None if self.training else embedded
         if self.content is not None:
             learned = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
             return Queries(learned, boxes, encoder=answer, tokens=tokens, embedded=kept)
-        if self.expand is None or self.expand_norm is None:
-            return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
+        return Queries(content.detach(), boxes, encoder=answer, tokens=tokens, embedded=kept)
+
+    def _proposed(self, memory: Tensor, anchors: Tensor) -> Queries:
+        """Queries made of boxes; in training all tokens answer, and learn which of them are objects."""
+        embedded, everything = self.norm(self.proj(memory)), None
+        if self.training:
+            everything = self._answer(embedded, anchors)
+            tokens = self._best(everything.logits[..., 0])
+            boxes = _pick(everything.boxes, tokens).detach()
+        else:
+            tokens = self._best(self.score_head(embedded)[..., 0])
+            boxes = self._answer(_pick(embedded, tokens), anchors[tokens]).boxes.detach()
         positions, content = self._expanded(boxes, memory.dtype)
-        everything = self._answer(self.norm(self.proj(memory)), anchors) if self.training else None
+        kept = None if self.training else embedded.detach()
         return Queries(content, boxes, positions, tokens=tokens, embedded=kept, proposals=everything, agnostic=True)
+
+    def _best(self, scores: Tensor) -> Tensor:
+        return scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
 
     def _answer(self, tokens: Tensor, anchors: Tensor) -> Answer:
         return Answer(self.score_head(tokens), (self.box_head(tokens).float() + anchors).sigmoid())
@@ -123,8 +135,8 @@ class QuerySelection(nn.Module):
         self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B P"]
     ) -> Float[Tensor, "B P C"]:
         """The class logits of given cells, with gradient and in fp32."""
-        usable = self._table(shapes, memory.device)[1]
-        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
+        usable = anchor_table(shapes, memory.device)[1]
+        chosen = _pick(memory.masked_fill(~usable, 0.0), tokens)
         logits: Tensor = self.score_head(self.norm(self.proj(chosen.float())))
         return logits
 
@@ -133,9 +145,8 @@ class QuerySelection(nn.Module):
         self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...], tokens: Int[Tensor, "B Q"]
     ) -> Float[Tensor, "B Q D"]:
         """What queries of given cells start with; like the own ones, without gradient."""
-        usable = self._table(shapes, memory.device)[1]
-        chosen = memory.masked_fill(~usable, 0.0).gather(1, tokens[..., None].expand(-1, -1, memory.shape[-1]))
-        content: Tensor = self.norm(self.proj(chosen))
+        usable = anchor_table(shapes, memory.device)[1]
+        content: Tensor = self.norm(self.proj(_pick(memory.masked_fill(~usable, 0.0), tokens)))
         return content
 
     @torch.no_grad()
@@ -156,15 +167,9 @@ class QuerySelection(nn.Module):
         positions, content = self.expand_norm(self.expand(code)).chunk(2, dim=-1)
         return positions, content
 
-    def _table(self, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (shapes, device)
-        table = self._tables.get(key)
-        if table is None:
-            anchors, usable = anchor_table(shapes)
-            table = anchors.to(device), usable.to(device)
-            if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
-                self._tables[key] = table
-        return table
+
+def _pick(values: Float[Tensor, "B T E"], tokens: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q E"]:
+    return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1]))
 
 
 class LearnedPoints(nn.Module):
@@ -211,20 +216,17 @@ class LearnedPoints(nn.Module):
 
 
 class LearnedAnchors(nn.Module):
-    """The same boxes for every picture (DAB-DETR). Content is learned or, with conditional attention, zero."""
+    """The same boxes for every picture, whose content starts at zero (DAB-DETR)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.width = config.width
         self.anchors = nn.Embedding(config.queries, 4)  # logits of boxes
-        self.content = None if config.attention == "conditional" else nn.Embedding(config.queries, self.width)
 
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch, whatever the pictures show."""
         boxes = self.anchors.weight.sigmoid().expand(len(memory), -1, -1)
-        if self.content is None:
-            return Queries(boxes.new_zeros(*boxes.shape[:2], self.width), boxes)
-        return Queries(self.content.weight.expand(len(memory), -1, -1), boxes)
+        return Queries(boxes.new_zeros(*boxes.shape[:2], self.width), boxes)
 
 
 class SalientQueries(nn.Module):
@@ -248,7 +250,7 @@ class SalientQueries(nn.Module):
     def forward(self, memory: Float[Tensor, "B T D"], shapes: tuple[tuple[int, int], ...]) -> Queries:
         """The queries of a batch; at most as many as the pyramid has cells."""
         maps = level_maps(memory, shapes)
-        logits, boxes = self.mini(maps, anchor_table(shapes, self.side, margin=0.0)[0].to(memory.device))
+        logits, boxes = self.mini(maps, anchor_table(shapes, memory.device, self.side, 0.0)[0])
         best = logits.detach().amax(dim=-1).topk(min(self.queries, memory.shape[1]), dim=1).indices
         chosen = (boxes.detach() if self.detached else boxes).gather(1, best[..., None].expand(-1, -1, 4))
         level = torch.cat([torch.full((h * w,), i, device=best.device) for i, (h, w) in enumerate(shapes)])[best]

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finedetr.model.layers import kept
+
 __all__ = ["SineMap", "place_code", "sine_code"]
 
 
@@ -26,8 +28,18 @@ def place_code(places: Float[Tensor, "*N R"], channels: int) -> Float[Tensor, "*
     return sine_code(torch.cat((places[..., :2].flip(-1), places[..., 2:]), dim=-1), channels)
 
 
+@kept
+def _table(
+    height: int, width: int, channels: int, temperature: float, shift: float, device: torch.device
+) -> Float[Tensor, "T D"]:
+    rows = (torch.arange(1, height + 1, device=device) - shift) / (height + 1e-6)
+    columns = (torch.arange(1, width + 1, device=device) - shift) / (width + 1e-6)
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+    return sine_code(places, channels // 2, temperature)
+
+
 class SineMap:
-    """The sine code of every cell's row and column, as shares of the map; built once for each size and device.
+    """The sine code of every cell's row and column, as shares of the map.
 
     Args:
         width: Channels of a cell, half of them for its row.
@@ -36,19 +48,8 @@ class SineMap:
     """
 
     def __init__(self, width: int, temperature: float = 10000.0, *, centered: bool = False) -> None:
-        self.width, self.temperature, self.centered = width, temperature, centered
-        self._tables: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.width, self.temperature, self.shift = width, temperature, 0.5 if centered else 0.0
 
     def __call__(self, height: int, width: int, device: torch.device) -> Float[Tensor, "T D"]:
         """One row a cell, line after line."""
-        key = (height, width, device)
-        table = self._tables.get(key)
-        if table is None:
-            shift = 0.5 if self.centered else 0.0
-            rows = (torch.arange(1, height + 1, device=device) - shift) / (height + 1e-6)
-            columns = (torch.arange(1, width + 1, device=device) - shift) / (width + 1e-6)
-            places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
-            table = sine_code(places, self.width // 2, self.temperature)
-            if not torch.compiler.is_compiling():  # a traced graph holds it as a constant
-                self._tables[key] = table
-        return table
+        return _table(height, width, self.width, self.temperature, self.shift, device)

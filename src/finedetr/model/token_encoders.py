@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finedetr.model.attention import DeformableAttention, SelfAttention
 from finedetr.model.config import EncoderConfig
-from finedetr.model.layers import MLP, activation
+from finedetr.model.layers import MLP, activation, kept
 from finedetr.model.sines import SineMap
 
 __all__ = ["DeformableEncoder", "EncoderLayer", "SingleEncoder"]
@@ -114,8 +114,8 @@ class SingleEncoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, EncoderLayer)
             _xavier(layer.linear1, layer.linear2)
-            if isinstance(layer.self_attention, SelfAttention):
-                _xavier(layer.self_attention.out)
+            assert isinstance(layer.self_attention, SelfAttention)
+            _xavier(layer.self_attention.out)
         _xavier(*(self.scale.layers if self.scale is not None else ()))
 
     def enter(self, maps: tuple[Float[Tensor, "B _ H W"], ...]) -> tuple[Float[Tensor, "B E H W"], ...]:
@@ -187,6 +187,7 @@ class DeformableEncoder(nn.Module):
         return as_maps(tokens, shapes)
 
 
+@kept
 def _centers(height: int, width: int, device: torch.device) -> Float[Tensor, "T 2"]:
     """(x, y) of every cell's center, line after line."""
     rows = (torch.arange(height, device=device) + 0.5) / height

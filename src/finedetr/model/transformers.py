@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,76 @@ from torch import Tensor
 from finedetr.errors import ModelError
 from finedetr.model.config import BackboneConfig, ModelConfig
 from finedetr.model.detector import Detector
-from finedetr.model.foreign_names import transformers_names
+from finedetr.model.foreign_names import tied_names, transformers_names
 from finedetr.model.hgnet import HGNETS
 from finedetr.model.resnet import RESNETS
+from finedetr.model.token_encoders import DeformableEncoder
+from finedetr.model.zoo import ZOO
 
-__all__ = ["has_twin", "to_transformers", "transformers_config", "write_transformers"]
+__all__ = ["has_twin", "resnet_settings", "to_transformers", "transformers_config", "unshaped", "write_transformers"]
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under the names of DFineForObjectDetection or RTDetrV2ForObjectDetection (as in memory)."""
+    """Our state dict under the names of DFineForObjectDetection and its like (as in memory), tied ones under all."""
     theirs: dict[str, Tensor] = {}
     for key, tensor in state.items():
         names = transformers_names(key, config)
-        for name, part in zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True):
-            theirs[name] = part
-            if name.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
-                theirs[name.removeprefix("model.decoder.")] = part
-    return theirs
+        theirs |= dict(zip(names, tensor.chunk(2) if len(names) == 2 else (tensor,), strict=True))
+    return theirs | {other: part for name, part in theirs.items() for other in tied_names(name, config)}
+
+
+_SAID = {  # what `transformers_config` says of both families, or what decides no answer
+    "encoder": ("width", "feedforward", "expansion", "layers", "heads", "temperature", "dropout"),
+    "decoder": (
+        *("width", "feedforward", "layers", "heads", "points", "queries", "bins", "scale", "up", "answering"),
+        "dropout",
+    ),
+}
 
 
 def has_twin(config: ModelConfig) -> bool:
-    """Whether transformers has such a model: DEIM's SiLU heads are wired as ReLU there, RT-DETRv2 has ResNets only."""
-    resnet = config.backbone.name in RESNETS
-    plain = config.decoder.boxes == "plain"
-    wired = config.decoder.activation == "relu" and config.decoder.position_layers == 2
-    return wired and resnet == plain and not config.classic and config.decoder.split.joining == "none"
+    """Whether transformers has such a model: DEIM's SiLU heads are wired as ReLU there, RT-DETRv2 has ResNets only.
+
+    What its configuration does not say has to be as in the family: D-FINE, or RT-DETRv2.
+    """
+    backbone, plain = config.backbone, config.decoder.boxes == "plain"
+    if plain:
+        family, freely = ZOO["rtdetrv2-r50"], {"encoder": (), "decoder": ("sampling",)}
+        there = backbone.name in RESNETS and not RESNETS[backbone.name].plain and len(set(config.decoder.points)) == 1
+    else:
+        family, freely = ZOO["dfine-n"], {"encoder": ("depth",), "decoder": ()}
+        there = backbone.name in HGNETS
+
+    def is_said(part: str) -> bool:
+        mine, theirs = getattr(config, part), getattr(family, part)
+        return bool(mine == replace(theirs, **{name: getattr(mine, name) for name in (*_SAID[part], *freely[part])}))
+
+    return there and not backbone.dilated and is_said("encoder") and is_said("decoder")
+
+
+def unshaped(config: ModelConfig) -> dict[str, Any]:
+    """What of transformers' configuration decides answers, but the shape of no tensor."""
+    encoder, decoder = config.encoder, config.decoder
+    said: dict[str, Any] = {
+        "encoder_attention_heads": encoder.heads,
+        "decoder_attention_heads": decoder.heads,
+        "normalize_before": False,
+    }
+    if decoder.attention == "deformable":
+        said["decoder_n_points"] = list(decoder.points) if decoder.boxes == "distributions" else decoder.points[0]
+    if not config.classic:
+        return {
+            **said,
+            "activation_function": "silu",
+            "encoder_activation_function": "gelu",
+            "decoder_activation_function": decoder.activation,
+            "positional_encoding_temperature": 10000,
+            "decoder_offset_scale": 0.5,
+        }
+    said["activation_function"] = decoder.activation
+    if decoder.source == "anchors":
+        return {**said, "temperature_height": encoder.temperature, "temperature_width": encoder.temperature}
+    return {**said, "encoder_n_points": DeformableEncoder.POINTS} if decoder.attention == "deformable" else said
 
 
 def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
@@ -60,6 +106,7 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
     levels = len(config.backbone.stages)
     channels = (RESNETS if resnet else HGNETS)[config.backbone.name].channels
     common: dict[str, Any] = {
+        **unshaped(config),
         "use_pretrained_backbone": False,
         "freeze_backbone_batch_norms": config.backbone.freeze_norm,
         "encoder_in_channels": [channels[stage] for stage in config.backbone.stages],
@@ -83,8 +130,7 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
             **common,
             "model_type": "rt_detr_v2",
             "architectures": ["RTDetrV2ForObjectDetection"],
-            "backbone_config": _resnet(config.backbone),
-            "decoder_n_points": decoder.points[0],
+            "backbone_config": resnet_settings(config.backbone),
             "decoder_method": "discrete" if decoder.sampling == "discrete" else "default",
         }
     return {
@@ -93,16 +139,17 @@ def transformers_config(config: ModelConfig, names: tuple[str, ...]) -> dict[str
         "architectures": ["DFineForObjectDetection"],
         "backbone_config": _hgnet(config.backbone),
         "depth_mult": float(encoder.depth),
-        "decoder_n_points": list(decoder.points),
         "max_num_bins": decoder.bins - 1,
         "reg_scale": float(decoder.scale),
+        "up": float(decoder.up),
     }
 
 
-def _resnet(config: BackboneConfig) -> dict[str, Any]:
+def resnet_settings(config: BackboneConfig) -> dict[str, Any]:
+    """What transformers calls the configuration of a ResNet, plain or not."""
     table = RESNETS[config.name]
     return {
-        "model_type": "rt_detr_resnet",
+        "model_type": "resnet" if table.plain else "rt_detr_resnet",
         "embedding_size": 64,
         "hidden_sizes": list(table.channels),
         "depths": list(table.blocks),

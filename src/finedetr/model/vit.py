@@ -51,10 +51,10 @@ class RotaryPositions(nn.Module):
 
     periods: Tensor
 
-    def __init__(self, head: int, prefix: int, *, scaled: bool, base: float = 100.0) -> None:
+    def __init__(self, head: int, prefix: int, *, scaled: bool) -> None:
         super().__init__()
         self.prefix, self.scaled = prefix, scaled
-        self.register_buffer("periods", base ** (2 * torch.arange(head // 4).float() / (head // 2)))
+        self.register_buffer("periods", 100.0 ** (2 * torch.arange(head // 4).float() / (head // 2)))
 
     @torch.no_grad()
     def forward(self, rows: int, columns: int) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:

@@ -6,6 +6,7 @@ Official checkpoints and folders of transformers are read, too (`foreign.py`); t
 from __future__ import annotations
 
 import json
+import math
 import os
 import types
 import typing
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from finedetr._version import __version__
-from finedetr.errors import ModelError, did_you_mean
+from finedetr.errors import ConfigError, ModelError, UsageError, did_you_mean
 from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
@@ -53,6 +54,12 @@ class Card:
     thresholds: tuple[float, ...] = ()  # of scores, one a class, where `finedetr eval --thresholds` has found them
 
     def __post_init__(self) -> None:
+        if not self.names or min(self.size) < 1:
+            raise ModelError(
+                f"a card needs at least one class and a size of at least 1, got {len(self.names)} classes and "
+                f"{self.size}",
+                code="schema",
+            )
         if len(self.names) != len(self.category_ids):
             raise ModelError(
                 f"a card needs one category id for each class name, got {len(self.names)} names and "
@@ -78,10 +85,12 @@ class Card:
         """
         try:
             document = json.loads(text)
-            schema = document.pop("schema")
-            document.pop("finedetr", None)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{where}: the card is unreadable ({error})", code="schema") from error
+        if not isinstance(document, dict) or "schema" not in document:
+            raise ModelError(f"{where}: the card is no table with a schema", code="schema")
+        schema = document.pop("schema")
+        document.pop("finedetr", None)
         if not isinstance(schema, int) or schema > SCHEMA:
             raise ModelError(
                 f"{where}: the card has schema {schema}, this finedetr {__version__} reads up to {SCHEMA}",
@@ -93,30 +102,54 @@ class Card:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as an instance of a (nested) dataclass, tuple or plain type."""
+    """A value of JSON as an instance of a (nested) dataclass, tuple, mapping or plain type."""
     if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ModelError(f"{where}: a table was expected, got {value!r}", code="schema")
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            name = sorted(unknown)[0]
-            raise ModelError(f"{where}: unknown field {name!r}", code="schema", hint=did_you_mean(name, hints))
-        required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-        missing = sorted(required - set(value))
-        if missing:
-            raise ModelError(f"{where}: the field {missing[0]!r} is missing", code="schema")
-        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
-    origin = typing.get_origin(kind)
+        return _build_record(kind, value, where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else _build(inner[0], value, where)
+        return None if value is None else _build(next(k for k in inner if k is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise _unlike(f"one of {', '.join(map(repr, inner))}", value, where)
+        return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ModelError(f"{where}: a list was expected, got {value!r}", code="schema")
-        item = typing.get_args(kind)[0]
-        return tuple(_build(item, element, where) for element in value)
+            raise _unlike("a list", value, where)
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(value) != len(kinds):
+            raise _unlike(f"a list of {len(kinds)}", value, where)
+        return tuple(_build(item, element, where) for item, element in zip(kinds, value, strict=True))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise _unlike("a table", value, where)
+        return {name: _build(inner[1], item, f"{where}.{name}") for name, item in value.items()}
+    plain: Any = {bool: bool, int: int, float: (int, float), str: str}.get(kind, object)
+    if not isinstance(value, plain) or (isinstance(value, bool) and kind in (int, float)):
+        raise _unlike({bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text"), value, where)
     return value
+
+
+def _build_record(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _unlike("a table", value, where)
+    hints = typing.get_type_hints(kind)
+    unknown = set(value) - set(hints)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise ModelError(f"{where}: unknown field {name!r}", code="schema", hint=did_you_mean(name, hints))
+    required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    missing = sorted(required - set(value))
+    if missing:
+        raise ModelError(f"{where}: the field {missing[0]!r} is missing", code="schema")
+    given = {name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    try:
+        return kind(**given)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error.message}", code="schema", hint=error.hint) from error
+
+
+def _unlike(wanted: str, value: Any, where: str) -> ModelError:
+    return ModelError(f"{where}: {wanted} was expected, got {value!r}", code="schema")
 
 
 def save_weights(path: str | Path, detector: nn.Module, card: Card) -> Path:
@@ -191,18 +224,37 @@ def load_weights(
     Args:
         path: A file of ours or of somebody else's.
         device: Where it shall be.
-        queries: Another number of queries than it was trained with: no tensor depends on it.
+        queries: Another number of queries than it was trained with, for a model that chooses its queries.
 
     Raises:
+        UsageError: Another number of queries is asked of a model that has learned them, one by one.
         ModelError: The file is absent, unreadable, carries no card, or does not fit its own card; every missing,
             unexpected or misshapen tensor is named.
     """
     path = Path(path)
     card, state = _read(path)
     if queries is not None:
+        if card.config.decoder.queries_are_learned and queries != card.config.decoder.queries:
+            raise UsageError(
+                f"{path} holds {card.config.name}, whose {card.config.decoder.queries} queries are learned one by one; "
+                f"{queries} came",
+                code="conflict",
+                hint="Leave --queries out, or use a model that chooses its queries: dfine, deim, deimv2 or rtdetrv2.",
+            )
         card = replace(card, config=replace(card.config, decoder=replace(card.config.decoder, queries=queries)))
+    _check_fit(card, state, path)
     detector = Detector(card.config, len(card.names))
-    own = detector.state_dict()
+    detector.load_state_dict(state)
+    return detector.to(device).eval(), card
+
+
+def _check_fit(card: Card, state: Mapping[str, Tensor], path: Path) -> None:
+    """Holds the tensors of a file to its own card."""
+    try:
+        with torch.device("meta"):
+            own = Detector(card.config, len(card.names)).state_dict()
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error.message}", code="schema", hint=error.hint) from error
     faults = [f"missing {name}" for name in own if name not in state]
     faults += [f"unexpected {name}" for name in state if name not in own]
     faults += [
@@ -210,14 +262,19 @@ def load_weights(
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    decoder = card.config.decoder
+    faults += [
+        f"{name} is {float(state[name]):g}, the card says {wanted:g}"
+        for name, wanted in (("decoder.bin_table.reg_scale", decoder.scale), ("decoder.bin_table.up", decoder.up))
+        # boxes are decoded as the card has it
+        if not faults and name in own and not math.isclose(float(state[name]), wanted, rel_tol=1e-6)
+    ]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ModelError(
             f"{path} does not fit the model {card.config.name!r} of its own card: {'; '.join(faults[:5])}{more}",
             code="mismatch",
         )
-    detector.load_state_dict(state)
-    return detector.to(device).eval(), card
 
 
 @dataclass(frozen=True)
@@ -253,8 +310,9 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     that they come of, so that it answers the same. Nothing is left random in silence.
 
     Args:
-        detector: Changed in place; its model must be the one of the weights, but for the number of queries, how the
-            pyramid is sampled, what is frozen, and what it has beyond a plain model (`starts.py`).
+        detector: Changed in place; its model must be the one of the weights, but for the number of queries where they
+            are chosen, how the pyramid is sampled, dropout, what is frozen, and what it has beyond a plain model
+            (`starts.py`).
         names: The class names of `detector`, in order.
         path: A weight file.
 
@@ -262,11 +320,13 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         ModelError: The weights belong to another model, or hardly anything fits.
     """
     card, state = _read(Path(path))
+    _check_fit(card, state, Path(path))
     _check_same_model(card.config, detector.config, path)
     source = dict(enumerate(match_names(names, card.names)))
     here = [index for index, row in source.items() if row is not None]
     there = [row for row in source.values() if row is not None]
     larger = plain_form(detector.config, card.config) != detector.config
+    objects = detector.config.decoder.source == "proposals"  # row 0 of the encoder's head stands for all classes
     skipped, copied, fresh, used = [], [], [], set()
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
@@ -286,6 +346,8 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
                 if key.endswith("bias"):
                     tensor.fill_(focal_bias())
                 tensor[here] = given[there].to(tensor)
+                if objects and key.startswith("selection"):
+                    tensor[0] = given[0].to(tensor)
                 if key.startswith("label_embedding"):
                     tensor[-1] = given[-1].to(tensor)
             elif given.shape != tensor.shape:
@@ -307,14 +369,21 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
 
 
 def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
-    """Weights may start a model that differs in what no tensor depends on, or that is larger: see `plain_form`."""
+    """Weights may start a model that differs in what no tensor depends on, or only how it is trained, or is larger.
+
+    The first is the number of queries where they are chosen, sampling, dropout, and what is frozen; for the second see
+    `plain_form`.
+    """
 
     def essence(config: ModelConfig) -> ModelConfig:
+        decoder = config.decoder
+        queries = decoder.queries if decoder.queries_are_learned else 300
         return replace(
             config,
             name="",
-            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False),
-            decoder=replace(config.decoder, queries=300, sampling="bilinear"),
+            backbone=replace(config.backbone, freeze_stem=False, freeze_norm=False, freeze_stages=0),
+            encoder=replace(config.encoder, dropout=0.0),
+            decoder=replace(decoder, queries=queries, sampling="bilinear", dropout=0.0),
         )
 
     if essence(given) == essence(plain_form(wanted, given)):
