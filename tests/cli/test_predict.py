@@ -16,17 +16,7 @@ from PIL import Image
 from finedetr.cli import main
 from finedetr.data.formats import open_dataset
 from finedetr.evaluate.video import VideoWriter
-from finedetr.model.detector import Detector
-from finedetr.model.weights import Card, save_weights
 from tests.data.test_formats import write
-from tests.train.tiny import TINY
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    card = Card(TINY, ("hen", "egg, brown"), (3, 9), size=(64, 64))
-    return str(save_weights(path, Detector(TINY, 2), card))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from finedetr.cli.flags import output, parse, spell
+from finedetr.data.dataset import listed
 from finedetr.data.formats import open_dataset
 from finedetr.detections import THRESHOLD
 from finedetr.errors import UsageError
@@ -79,12 +80,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     words = spell(words)
     flags = parse(Eval, ["--no-per-class" if w == "--per-class=False" else w for w in words], "finedetr eval")
     file = find_weights(flags.weights)
-    if flags.thresholds and file.suffix != ".safetensors":
-        raise UsageError(
-            f"{file} is not in finedetr's own format and cannot keep thresholds",
-            code="conflict",
-            hint="Write it in ours first: finedetr models convert",
-        )
+    if flags.thresholds:
+        _check_keeping(flags, file)
     data = flags.data or _data_of(flags.weights)
     device = choose_device(flags.device)
     detector, card = load_weights(file, device, queries=flags.queries)
@@ -124,6 +121,34 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
     print("\n".join(files), file=sys.stderr)
     return None
+
+
+def _check_keeping(flags: Eval, file: Path) -> None:
+    """Thresholds go into a file of one's own, and belong to its weights as they are."""
+    if not flags.weights.exists():
+        raise UsageError(
+            f"{flags.weights} is in the Hub's cache, which others share: thresholds cannot be kept there",
+            code="conflict",
+            hint=f"Copy it first: finedetr models convert {file} mine.safetensors",
+        )
+    if file.suffix != ".safetensors":
+        raise UsageError(
+            f"{file} is not in finedetr's own format and cannot keep thresholds",
+            code="conflict",
+            hint="Write it in ours first: finedetr models convert",
+        )
+    usual = Eval(flags.weights)
+    other = [
+        f"--{name.replace('_', '-')}"
+        for name in ("size", "queries", "top", "max_detections")
+        if getattr(flags, name) != getattr(usual, name)
+    ]
+    if other:
+        raise UsageError(
+            f"--thresholds are kept for the weights as they are; {listed(other)} would measure something else",
+            code="conflict",
+            hint=f"Leave {listed(other)} out, or --thresholds.",
+        )
 
 
 def _keep_thresholds(file: Path, detector: Detector, card: Card, evaluation: Evaluation) -> None:
