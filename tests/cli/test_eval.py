@@ -58,3 +58,26 @@ def test_thresholds_change_nothing_but_the_card(weights: str, data: Path, tmp_pa
     assert main(words(own, data, "--thresholds", "f1")) == 0
     assert len(read_card(own).thresholds or ()) == 2
     assert read_card(own).size == read_card(weights).size
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (("--costs", "5", "1"), 2, "use.conflict: --costs mean nothing without --thresholds cost"),
+        (("--costs", "5", "1", "--thresholds", "f1"), 2, "use.conflict: --costs mean nothing"),
+        (("--costs", "0", "0", "--thresholds", "cost"), 2, "use.range: costs are positive"),
+        (("--out", "{file}/x"), 1, "run.io"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(
+    more: tuple[str, ...],
+    status: int,
+    message: str,
+    weights: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("finedetr.cli.eval.load_weights", lambda *_, **__: pytest.fail("the weights were read"))
+    assert main(words(weights, data, *(word.replace("{file}", weights) for word in more))) == status
+    assert message in capsys.readouterr().err

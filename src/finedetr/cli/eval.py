@@ -18,7 +18,7 @@ from finedetr.data.dataset import listed
 from finedetr.data.formats import open_dataset
 from finedetr.detections import THRESHOLD
 from finedetr.errors import UsageError
-from finedetr.evaluate.diagnosis import diagnose
+from finedetr.evaluate.diagnosis import COSTS, check_costs, diagnose
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
@@ -69,8 +69,8 @@ class Eval:
     """Say what goes wrong, too: TIDE's six kinds of error, confused classes, thresholds, the worst pictures."""
     thresholds: Literal["f1", "cost"] | None = None
     """Keep in the weights the score of each class with the best F1 or the least cost on this split, for predict."""
-    costs: tuple[float, float] = (1.0, 1.0)
-    """For --thresholds cost: of a box that is wrong, and of an object that is missed."""
+    costs: tuple[float, float] | None = None
+    """For --thresholds cost: of a box that is wrong, and of an object that is missed. Unset: 1 and 1."""
     json: bool = False
     """Print one JSON document instead of tables."""
 
@@ -82,7 +82,11 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     file = find_weights(flags.weights)
     if flags.thresholds:
         _check_keeping(flags, file)
+    costs = _costs(flags)
     data = flags.data or _data_of(flags.weights)
+    where = flags.weights if flags.weights.is_dir() else flags.weights.parent
+    folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
+    folder.mkdir(parents=True, exist_ok=True)  # here: a folder that cannot be is told before the work
     device = choose_device(flags.device)
     detector, card = load_weights(file, device, queries=flags.queries)
     dataset = open_dataset(data, flags.split, layout=flags.layout)
@@ -104,11 +108,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         progress=_progress,
     )
     if flags.errors or flags.thresholds:
-        evaluation = replace(evaluation, diagnosis=diagnose(evaluator, flags.thresholds or "f1", flags.costs))
+        evaluation = replace(evaluation, diagnosis=diagnose(evaluator, flags.thresholds or "f1", costs))
     if flags.thresholds:
         _keep_thresholds(file, detector, card, evaluation)
-    where = flags.weights if flags.weights.is_dir() else flags.weights.parent
-    folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
     numbers = _write(folder / f"evaluation_{flags.split}.json", document)
     results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())
@@ -121,6 +123,17 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
     print("\n".join(files), file=sys.stderr)
     return None
+
+
+def _costs(flags: Eval) -> tuple[float, float]:
+    """What --thresholds cost weighs."""
+    if flags.costs is not None and flags.thresholds != "cost":
+        raise UsageError(
+            "--costs mean nothing without --thresholds cost", code="conflict", hint="Add --thresholds cost."
+        )
+    costs = flags.costs or COSTS
+    check_costs(costs)
+    return costs
 
 
 def _check_keeping(flags: Eval, file: Path) -> None:
