@@ -14,7 +14,7 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.coco import Evaluator, Judged
 from finedetr.evaluate.diagnosis import Goal, diagnose
 from finedetr.evaluate.evaluation import Evaluation
-from finedetr.evaluate.findings import Confusion, Diagnosis
+from finedetr.evaluate.findings import ClassThreshold, Confusion, Diagnosis
 from finedetr.evaluate.html import report_page
 from finedetr.evaluate.pictures import worst_sheet
 from finedetr.model.detector import Detector
@@ -97,13 +97,20 @@ def test_thresholds_are_the_best_of_all(seed: int) -> None:
 def test_nothing_found_and_a_class_without_boxes() -> None:
     data = make_dataset([(50, 50)], [[[1, 1, 20, 20]]], [[0]])
     diagnosis = diagnose(Evaluator(data))
-    assert [entry.threshold for entry in diagnosis.thresholds] == [0.5, 0.4]
+    assert [entry.threshold for entry in diagnosis.thresholds] == [0.4, 0.4]
     assert diagnosis.thresholds[1].f1 == -1
     assert diagnosis.matrix().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert {error.kind: error.count for error in diagnosis.errors}["missed"] == 1
     for costs in ((-1.0, 1.0), (0.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(UsageError, match="costs are positive"):
             diagnose(Evaluator(data), "cost", costs)
+
+
+def test_a_class_that_is_never_hit_keeps_the_usual_threshold_but_costs_least_where_it_is_silent() -> None:
+    evaluator = Evaluator(make_dataset([(50, 50)], [[[1, 1, 20, 20]]], [[0]]))
+    evaluator.add(0, [[30, 30, 45, 45], [31, 30, 45, 45]], [0.6, 0.02], [0, 0])
+    assert diagnose(evaluator).thresholds[0] == ClassThreshold("cat", 0.4, 0, 0, 0)
+    assert diagnose(evaluator, "cost").thresholds[0].threshold == pytest.approx(0.8)
 
 
 def test_a_diagnosis_travels_with_its_evaluation(evaluator: Evaluator) -> None:

@@ -79,6 +79,8 @@ def _threshold(
     order = np.argsort(-judged.score[mine], kind="stable")
     score = judged.score[mine][order].astype(np.float64)
     hits = np.concatenate(([0], np.cumsum(judged.verdict[mine][order] == 1)))
+    if goal == "f1" and hits[-1] == 0:  # every threshold is as good, and none is measured
+        return ClassThreshold(name, THRESHOLD, 0.0, 0.0, 0.0)
     told = np.arange(len(hits))
     value = 2 * hits / (told + objects) if goal == "f1" else -(costs[0] * (told - hits) + costs[1] * (objects - hits))
     borders = np.concatenate(([1.0], score, [0.0]))
