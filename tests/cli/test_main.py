@@ -95,6 +95,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["eval", "nowhere"], 4, "model.not_found"),
         (["predict", "nowhere", "x.jpg"], 4, "model.not_found"),
         (["predict"], 2, "use.type: Missing from finedetr predict"),
+        (["predict", "nowhere"], 2, "use.required: predict needs a source"),
         (["data"], 2, "data needs an action"),
         (["data", "chekc"], 2, "Did you mean check"),
         (["data", "check", "nowhere"], 3, "data.none"),

@@ -50,14 +50,49 @@ def test_labels_for_other_tools_read_as_data_sets(weights: str, pictures: Path, 
     assert len(open_dataset(tmp_path / "yolo").labels)
 
 
+def test_no_two_pictures_share_a_name(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/x.jpg", "b/x.jpg", "c/x-2.jpg", "d/X.jpg"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    assert main(words(weights, tmp_path, tmp_path / "out", "--format", "yolo")) == 0
+    stems = [Path(json.loads(line)["picture"]).stem for line in capsys.readouterr().out.splitlines()]
+    assert stems == ["x", "x-2", "x-2-2", "X-3"]
+    assert sorted(p.stem for p in (tmp_path / "out" / "labels").iterdir()) == sorted(stems)
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("", ""),
+        ("a.jpg", "deep/.."),
+        ("", "deep"),
+        ("*/*.png", "deep"),
+        ("**/*", "."),
+        ("link/a.png", "deep"),
+    ],
+)
 def test_sources_are_never_written_over(
+    source: str, out: str, weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "link").symlink_to(pictures / "deep")
+    before = {file: file.read_bytes() for file in pictures.rglob("*.*")}
+    assert main(words(weights, pictures / source, pictures / out)) == 2
+    assert "use.conflict: --out" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in pictures.rglob("*.*")} == before
+    assert main(words(weights, pictures / source, pictures / out, "--no-draw")) == 0
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_labels_are_replaced_only_when_asked(
     weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (pictures / "a.jpg").read_bytes()
-    assert main(words(weights, pictures, pictures)) == 2
-    assert main(words(weights, pictures / "a.jpg", pictures / "deep" / "..")) == 2
-    assert capsys.readouterr().err.count("use.conflict") == 2
-    assert (pictures / "a.jpg").read_bytes() == before
+    mine = write(pictures / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
+    again = words(weights, pictures / "a.jpg", pictures, "--format", "yolo", "--no-draw")
+    assert main(again) == 2
+    assert f"use.exists: {mine.parent} holds labels already" in capsys.readouterr().err
+    assert mine.read_text() == "0 0.5 0.5 0.1 0.1\n"
+    assert main([*again, "--overwrite"]) == 0
+    assert len(mine.read_text().splitlines()) > 1
 
 
 def test_tiles_and_numbers_out_of_range(

@@ -20,6 +20,7 @@ from PIL import Image
 from finedetr.data.dataset import Dataset, Note, listed
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.files import fresh_stem
 
 __all__ = ["TARGETS", "convert", "deal"]
 
@@ -214,12 +215,7 @@ def fresh_name(file: Path, taken: set[str], *, labels: bool) -> str:
         with Image.open(file) as opened:
             suffix = f".{(opened.format or 'png').lower()}"
     own = "".join(c if c.isprintable() else "_" for c in file.stem).strip() or "picture"
-    stem, number = own, 1
-    while (key := (stem if labels else stem + suffix).casefold()) in taken:
-        number += 1
-        stem = f"{own}-{number}"
-    taken.add(key)
-    return stem + suffix
+    return fresh_stem(own, taken, "" if labels else suffix) + suffix
 
 
 def place_pictures(data: Dataset, names: Sequence[str], folder: Path, link: bool) -> None:
