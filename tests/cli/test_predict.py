@@ -95,11 +95,36 @@ def test_labels_are_replaced_only_when_asked(
     assert len(mine.read_text().splitlines()) > 1
 
 
+def test_broken_pictures_are_warnings_unless_all_are(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("x: one.jpg", "x: two.jpg"):
+        write(folder / name, "no picture")
+    for kind in ("json", "yolo"):
+        assert main(words(weights, folder, tmp_path / "out", "--format", kind)) == 3
+        assert f"data.corrupt_image: none of 2 pictures can be read, first: {folder}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    Image.new("RGB", (90, 70)).save(folder / "good.jpg")
+    assert main(words(weights, folder, tmp_path / "out", "--json")) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert [warning.partition(": cannot be decoded")[0] for warning in warnings] == [
+        f"{folder}/x: {name}.jpg" for name in ("one", "two")
+    ]
+
+
 def test_tiles_and_numbers_out_of_range(
     weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "48", "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["result"]["pictures"][0]["width"] == 90
+    found = []
+    for more in ((), ("--tile", "48"), ("--tile", "48", "--top", "2")):
+        assert main(words(weights, pictures / "a.jpg", tmp_path / "out", *more, "--json")) == 0
+        (one,) = json.loads(capsys.readouterr().out)["result"]["pictures"]
+        assert one["width"] == 90
+        found.append([(row["score"], row["xyxy"]) for row in one["detections"]])
+    whole, tiled, best = found
+    assert not {tuple(box) for _, box in tiled} <= {tuple(box) for _, box in whole}
+    assert len(best) == 2 < len(tiled)
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "5")) == 2
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--format", "xml")) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -126,6 +126,15 @@ def test_a_broken_picture_is_replaced_and_counted(
     assert dataset.files[2] not in {name for batch in batches for name in batch.names}
 
 
+def test_a_broken_picture_is_named_whole_whatever_its_name_holds(dataset: Dataset) -> None:
+    odd = str(Path(dataset.files[2]).with_name("odd: name.jpg"))
+    Path(odd).write_bytes(b"no picture")
+    loader = training(replace(dataset, files=(*dataset.files[:2], odd, *dataset.files[3:])))
+    for _ in loader.epoch(0):
+        pass
+    assert list(loader.broken) == [odd]
+
+
 def test_a_set_of_nothing_but_broken_pictures_is_an_error(dataset: Dataset) -> None:
     for file in dataset.files:
         Path(file).write_bytes(b"no picture")

@@ -13,7 +13,7 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.detections import Detections
-from finedetr.errors import UsageError
+from finedetr.errors import DataError, UsageError
 from finedetr.evaluate.address import is_address
 from finedetr.evaluate.pictures import save_picture
 from finedetr.evaluate.predictor import Predictor
@@ -50,7 +50,7 @@ class Predict:
     queries: int | None = None
     """Another number of queries. Unset: that of the weights."""
     top: int | None = None
-    """Detections kept of each picture. Unset: 300, or one for each query where there are more."""
+    """Detections kept of each picture. Unset: 300, or one for each query where there are more (--tile: of each tile)."""
     batch: int = 8
     """Pictures at a time."""
     device: str = "auto"
@@ -92,13 +92,16 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
             documents.append(document)
             if not flags.json:
                 output(json.dumps(document, ensure_ascii=False))
+    if predictor.broken and not answers:
+        first = next(iter(predictor.broken.values()))
+        raise DataError(f"none of {len(predictor.broken)} pictures can be read, first: {first}", code="corrupt_image")
     text = "".join(f"{json.dumps(document, ensure_ascii=False)}\n" for document in documents)
     files = {Path("predictions.jsonl"): text}
     if flags.format != "json":
-        files |= as_files(flags.format, answers, annotated.stems, card.category_ids)
+        files |= as_files(flags.format, answers, annotated.stems, card.names, card.category_ids)
     written = [_write(flags.out / path, content) for path, content in files.items()]
     if flags.json:
-        passed = [f"{file}: passed over" for file in predictor.broken]
+        passed = [f"{message}; it is passed over" for message in predictor.broken.values()]
         return {"result": {"pictures": documents, "out": str(flags.out)}, "warnings": passed}
     boxes = sum(map(len, answers))
     print(f"{boxes} detections in {len(documents)} pictures: {written[0]}", file=sys.stderr)

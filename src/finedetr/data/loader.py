@@ -90,6 +90,7 @@ class TrainingPictures(TorchDataset[Parcel]):
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.factors = repeat_factors(dataset, balance) if balance > 0 else None
         self.scratch = Scratch()
+        self.reading = ""  # the file that was asked for last: an error is about it
         self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
 
     @property
@@ -146,7 +147,7 @@ class TrainingPictures(TorchDataset[Parcel]):
             try:
                 draw(plan, self.load, out, self.scratch)
             except DataError as error:
-                broken.append((error.message.partition(": ")[0], error.message))
+                broken.append((self.reading, error.message))
                 index = int(rng.integers(len(data)))
                 continue
             return plan.truth, index
@@ -157,7 +158,8 @@ class TrainingPictures(TorchDataset[Parcel]):
     def load(self, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
         """Pixels of a picture."""
         width, height = self.dataset.sizes[index]
-        return load(self.dataset.files[index], reduce, (int(width), int(height)), self.scratch.encoded)
+        self.reading = self.dataset.files[index]
+        return load(self.reading, reduce, (int(width), int(height)), self.scratch.encoded)
 
 
 class Keys(Sampler[Any]):

@@ -48,7 +48,7 @@ class Predictor:
         batch: Pictures that go through the detector together.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
         workers: Threads that read and resize pictures ahead of the detector.
-        top: Detections kept of each picture; None: see `top_detections`.
+        top: Detections kept of each picture; None: see `top_detections`, with tiles so many of each.
 
     Attributes:
         broken: file -> message of the pictures that were passed over, over the life of the predictor.
@@ -158,22 +158,22 @@ class Predictor:
     def _loaded(self, pool: ThreadPoolExecutor, found: Pictures, ahead: int) -> Iterator[Loaded]:
         """What the threads read, in order, so many pictures ahead; without those that may be passed over."""
         rest = each_picture(found.items)
-        waiting = deque(pool.submit(self._load, item) for item in itertools.islice(rest, ahead))
+        waiting = deque((item, pool.submit(self._load, item)) for item in itertools.islice(rest, ahead))
         broken = 0
         try:
             while waiting:
-                future = waiting.popleft()
-                waiting.extend(pool.submit(self._load, item) for item in itertools.islice(rest, 1))
+                item, future = waiting.popleft()
+                waiting.extend((item, pool.submit(self._load, item)) for item in itertools.islice(rest, 1))
                 try:
                     yield future.result()
                 except DataError as error:
                     if not found.forgiving:
                         raise
                     broken += 1
-                    self.broken[str(error.message).split(": ", 1)[0]] = error.message
+                    self.broken[str(item)] = error.message
                     log.warning("%s: %s; it is passed over", error.code, error.message)
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
         if broken:
             log.warning("data.corrupt_image: %d of %d pictures were passed over", broken, len(found.items))
@@ -213,7 +213,8 @@ class Predictor:
             ]
             group = [(crop, crop, small if r == regions[0] else resize(crop, self.card.size)) for r, crop in crops]
             answers += self._detect(group, asked.thresholds)
-        return _signed(answers[0] if len(regions) == 1 else merge(answers, regions, size), item, pixels)
+        merged = answers[0] if len(regions) == 1 else merge(answers, regions, size)[: self.inference.top]
+        return _signed(merged, item, pixels)
 
 
 @dataclass(frozen=True)
