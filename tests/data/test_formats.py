@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finedetr.cli import main
 from finedetr.data.dataset import Dataset
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import DataError
@@ -489,3 +490,12 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkey
     monkeypatch.setattr("io.open", refuse)
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         open_dataset(tmp_path)
+
+
+def test_a_yaml_without_splits_is_told_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path / "data.yaml", "names: [hen]\n").parent
+    for words in (["check"], ["check", "--json"], ["convert", str(tmp_path / "out"), "--to", "coco"]):
+        assert main(["data", words[0], str(root), *words[1:]]) == 3
+        said = capsys.readouterr()
+        assert "names no split" in said.err + said.out
+        assert "data.yaml needs train: and val:" in said.err + said.out

@@ -52,10 +52,16 @@ def open_dataset(
 
 
 def list_splits(path: str | Path, layout: str | None = None) -> tuple[str, ...]:
-    """The splits of a data set, by their common names (`train`, `val`, `test` first)."""
+    """The splits of a data set, by their common names (`train`, `val`, `test` first).
+
+    Raises:
+        DataError: There is none, or the data set cannot be read.
+    """
     root = Path(path)
     chosen, _ = sniff(root, layout)
     names: tuple[str, ...] = (coco if chosen == "coco" else READERS[chosen]).splits(root)
+    if not names:  # only a YAML may name none
+        raise DataError(f"{root} names no split", code="split", hint="data.yaml needs train: and val:")
     first = [name for name in ("train", "val", "test") if name in names]
     return (*first, *sorted(set(names) - set(first)))
 
