@@ -50,7 +50,7 @@ class Predict:
     queries: int | None = None
     """Another number of queries. Unset: that of the weights."""
     top: int | None = None
-    """Detections kept of each picture. Unset: 300 (of a tile, with --tile), or one for each query where there are more."""
+    """Detections kept of each picture. Unset: 300 (--tile: of each), or one for each query where there are more."""
     batch: int = 8
     """Pictures at a time."""
     device: str = "auto"
