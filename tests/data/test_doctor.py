@@ -46,6 +46,16 @@ def test_a_leak_is_found_by_bytes_and_is_an_error_when_strict(tmp_path: Path) ->
     assert found(train, val, bytes_too=False) == {}
 
 
+def test_a_union_of_splits_leaks_nothing_but_a_split_of_its_own_does(tmp_path: Path) -> None:
+    train, val = splits(tmp_path)
+    union = replace(train.subset([0, 1]), split="trainval")
+    assert found(train, val, union, strict=True) == {}
+    stranger = tmp_path / "copy.jpg"
+    shutil.copy(train.files[0], stranger)
+    minival = replace(train.subset([0]), split="minival", files=(str(stranger),))
+    assert found(train, val, union, minival, strict=True) == {"data.leak": ("error", 1)}
+
+
 def test_a_picture_that_is_cut_off_is_found_by_decoding_it(tmp_path: Path) -> None:
     train, val = splits(tmp_path)
     file = Path(train.files[1])

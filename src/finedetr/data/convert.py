@@ -17,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from finedetr.data.dataset import Dataset, Note, listed
+from finedetr.data.dataset import COMMON, Dataset, Note, listed, unions
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, UsageError, did_you_mean
 from finedetr.files import fresh_stem
@@ -25,7 +25,6 @@ from finedetr.files import fresh_stem
 __all__ = ["TARGETS", "convert", "deal"]
 
 TARGETS = ("coco", "yolo", "voc", "csv")
-COMMON = ("train", "val", "test")
 DECIMALS = {"coco": 4, "yolo": 8, "voc": 4, "csv": 4}  # of pixels; of shares of the picture in YOLO
 
 
@@ -116,13 +115,12 @@ def choose_splits(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> li
     """The splits that are written: for all but VOC no `trainval` beside train and val; YOLO knows three names."""
     if to == "voc":
         return list(datasets)
-    common = [data for data in datasets if data.split in COMMON]
-    held = {file for data in common for file in data.files}
+    common, again = [data for data in datasets if data.split in COMMON], unions(datasets)
     kept = common.copy()
     for data in datasets:
         if data.split in COMMON:
             continue
-        if held.issuperset(data.files):
+        if data in again:
             message = f"{data.split} is left out: its {len(data)} pictures stand in {listed([d.split for d in common])}"
             notes.append(Note("data.split", "info", message, count=len(data)))
         elif to == "yolo" and not any(d.split == "train" for d in kept):

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from finedetr.data.images import SWAPPED, Header, read_header
 from finedetr.errors import DataError
 
-__all__ = ["Categories", "Dataset", "Draft", "Note", "finish"]
+__all__ = ["COMMON", "Categories", "Dataset", "Draft", "Note", "finish", "split_name", "unions"]
 
 Level = Literal["info", "warn", "error"]
+COMMON = ("train", "val", "test")
+"""The splits that every layout knows."""
+SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 TOLERATED_MISSING = 0.01  # more absent pictures than this share is an error, not a warning
 
 
@@ -207,6 +210,24 @@ def assemble(
         categories=draft.categories,
         notes=tuple(notes),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def split_name(word: str) -> str:
+    """The name of a split, however a data set spells it.
+
+    >>> split_name("Validation")
+    'val'
+    """
+    return SYNONYMS.get(word.lower(), word.lower())
+
+
+def unions(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
+    """Splits of another name that hold nothing but pictures of train, val and test, such as VOC's trainval."""
+    held = {file for data in datasets if data.split in COMMON for file in data.files}
+    return tuple(data for data in datasets if data.split not in COMMON and held.issuperset(data.files))
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
