@@ -499,3 +499,29 @@ def test_a_yaml_without_splits_is_told_what_it_needs(tmp_path: Path, capsys: pyt
         said = capsys.readouterr()
         assert "names no split" in said.err + said.out
         assert "data.yaml needs train: and val:" in said.err + said.out
+
+
+@pytest.mark.parametrize("word", ["training", "Train", "train"])
+def test_a_split_may_be_spelled_in_any_way_in_every_layout(word: str, tmp_path: Path) -> None:
+    roots = [voc_of(tmp_path / "voc", VOC.format("", "", CORNERS))]
+    (roots[0] / "ImageSets" / "Main" / "train.txt").rename(roots[0] / "ImageSets" / "Main" / f"{word}.txt")
+    for layout in ("coco", "yolo", "csv"):
+        roots.append(tmp_path / layout)
+        for name in ("a.jpg", "b.jpg"):
+            picture(roots[-1] / "images" / word / name)
+    write(roots[1] / "annotations" / f"instances_{word}.json", content())
+    write(roots[2] / "data.yaml", f"{word}: images/{word}\nnames: [hen]\n")
+    write(roots[3] / f"{word}.csv", "image,xmin,ymin,xmax,ymax,label\na.jpg,1,2,30,40,hen\n")
+    for root in roots:
+        assert list_splits(root) == ("train",)
+        for asked in ("train", word):
+            data = open_dataset(root, asked)
+            assert data.split == "train"
+            assert Path(data.files[0]).is_file()
+
+
+def test_the_plain_word_goes_before_its_synonyms(tmp_path: Path) -> None:
+    for name in ("val", "valid"):
+        picture(tmp_path / name / f"{name}.jpg")
+    write(tmp_path / "data.yaml", "val: val\nvalid: valid\nnames: [hen]\n")
+    assert [Path(file).stem for file in open_dataset(tmp_path, "valid").files] == ["val"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finedetr.data.dataset import Dataset, finish
+from finedetr.data.dataset import COMMON, Dataset, finish, split_name
 from finedetr.data.formats import coco, table, voc, yolo
 from finedetr.data.hugging_face import is_hugging_face
 from finedetr.data.images import SUFFIXES
@@ -15,7 +15,6 @@ __all__ = ["LAYOUTS", "list_splits", "open_dataset"]
 
 READERS: dict[str, Any] = {"yolo": yolo, "voc": voc, "csv": table}  # COCO's takes a folder of pictures, too
 LAYOUTS = ("coco", *READERS)
-SYNONYMS = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 def open_dataset(
@@ -43,7 +42,7 @@ def open_dataset(
     """
     root = Path(path)
     chosen, evidence = sniff(root, layout)
-    split = SYNONYMS.get(split, split)
+    split = split_name(split)
     if chosen == "coco":
         draft = coco.read(root, split, evidence, images, need_images)
     else:
@@ -62,7 +61,7 @@ def list_splits(path: str | Path, layout: str | None = None) -> tuple[str, ...]:
     names: tuple[str, ...] = (coco if chosen == "coco" else READERS[chosen]).splits(root)
     if not names:  # only a YAML may name none
         raise DataError(f"{root} names no split", code="split", hint="data.yaml needs train: and val:")
-    first = [name for name in ("train", "val", "test") if name in names]
+    first = [name for name in COMMON if name in names]
     return (*first, *sorted(set(names) - set(first)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed
+from finedetr.data.dataset import Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.folders import picture_folder
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["evidence", "read", "splits"]
@@ -57,26 +57,25 @@ def evidence(root: Path) -> str:
     return f"{first.relative_to(root)} holds annotations"
 
 
-def split_name(stem: str) -> str:
+def split_of(stem: str) -> str:
     """`instances_train2017` -> `train`."""
-    name = stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-")
-    return {"valid": "val", "validation": "val", "training": "train", "testing": "test"}.get(name, name)
+    return split_name(stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-"))
 
 
 def annotation_files(root: Path) -> dict[str, list[Path]]:
     """Split -> the JSON files that hold it."""
     found: dict[str, list[Path]] = {}
     for file in sorted(root.glob(f"*/{ROBOFLOW}")):
-        found.setdefault(split_name(file.parent.name), []).append(file)
+        found.setdefault(split_of(file.parent.name), []).append(file)
     if found:
         return found
     for file in sorted((root / "annotations").glob("instances_*.json")):
-        found.setdefault(split_name(file.stem), []).append(file)
+        found.setdefault(split_of(file.stem), []).append(file)
     if found:
         return found
     for file in sorted([*root.glob("annotations/*.json"), *root.glob("*.json")]):
         if looks_like_coco(file):
-            found.setdefault(split_name(file.stem), []).append(file)
+            found.setdefault(split_of(file.stem), []).append(file)
     return found
 
 
@@ -95,9 +94,9 @@ def looks_like_coco(file: Path) -> bool:
 def splits(root: Path) -> tuple[str, ...]:
     """Names of the splits."""
     if root.is_file():
-        return (split_name(root.stem),)
+        return (split_of(root.stem),)
     if (root / ROBOFLOW).is_file():
-        return (split_name(root.name),)
+        return (split_of(root.name),)
     return tuple(annotation_files(root))
 
 
@@ -108,7 +107,9 @@ def find_file(root: Path, split: str) -> Path:
     if (root / ROBOFLOW).is_file():
         return root / ROBOFLOW
     found = annotation_files(root)
-    exact = [file for files in found.values() for file in files if file.stem.removeprefix("instances_") == split]
+    exact = [
+        file for files in found.values() for file in files if file.stem.lower().removeprefix("instances_") == split
+    ]
     files = exact or found.get(split, [])
     if not files:
         raise DataError(f"{root} has no split {split!r}", code="split", hint=did_you_mean(split, found))
@@ -121,20 +122,15 @@ def find_file(root: Path, split: str) -> Path:
     return files[0]
 
 
-def picture_folder(root: Path, file: Path, names: list[str], images: str | Path | None) -> Path:
-    """The folder below which most of the first pictures are found."""
+def folder_of(file: Path, names: list[str], images: str | Path | None) -> Path:
+    """The folder of the pictures: what was given, or what is found."""
     if images is not None:
         if not Path(images).is_dir():
             raise DataError(f"{images} is not a folder of pictures", code="missing_image")
         return Path(images)
-    base = file.parent.parent if file.parent.name == "annotations" else file.parent
-    stem = file.stem.removeprefix("instances_")
-    words = dict.fromkeys((stem, split_name(file.stem), "valid" if split_name(file.stem) == "val" else stem))
-    candidates = [file.parent, base, base / "images", base / "JPEGImages"]
-    for word in words:
-        candidates += [base / word, base / "images" / word, base / word / "images"]
-    probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
+    split = split_of(file.stem)
+    words = (file.stem.removeprefix("instances_"), split, *(("valid",) if split == "val" else ()))
+    return picture_folder(file, words, names)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -146,10 +142,10 @@ def read(root: Path, split: str, evidence: str, images: str | Path | None, need_
     reading = Reading(file, parse(file))
     categories = read_categories(reading, root)
     names, ids, sizes, index_of = read_pictures(reading)
-    folder = picture_folder(root, file, names, images) if need_images or images is not None else file.parent
+    folder = folder_of(file, names, images) if need_images or images is not None else file.parent
     picture, labels, boxes, crowd, area, numbers = read_annotations(reading, index_of, categories)
     return Draft(
-        split=split if not root.is_file() else split_name(file.stem),
+        split=split if not root.is_file() else split_of(file.stem),
         layout="coco",
         evidence=f"{evidence}; annotations in {file.name}, pictures in {folder.name or folder}",
         files=tuple(absolute(folder / name) for name in names),
