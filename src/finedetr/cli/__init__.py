@@ -79,6 +79,7 @@ def _fail(verb: str, error: FineDETRError, as_json: bool) -> int:
         traceback.print_exception(error)
     if as_json:
         document = {"code": error.code, "exit": error.exit, "message": error.message, "hint": error.hint}
+        document |= {"report": error.details} if error.details else {}
         _print_json({"finedetr": __version__, "command": verb, "ok": False, "error": document})
     else:
         print(f"{error.code}: {error}", file=sys.stderr)

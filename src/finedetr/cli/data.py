@@ -89,11 +89,8 @@ def _check(flags: Check) -> dict[str, Any] | None:
     splits = [open_dataset(flags.path, split, layout=flags.layout) for split in list_splits(flags.path, flags.layout)]
     report = check(*splits, size=flags.size, queries=flags.queries, strict=flags.strict, bytes_too=flags.deep)
     if not flags.json:
-        output(splits[0].evidence)
-        names = splits[0].categories
-        table = ", ".join(
-            f"{i} -> {n} {_plain(name)}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True))
-        )
+        output(report.evidence)
+        table = ", ".join(f"{row.id} -> {row.index} {_plain(row.name)}" for row in report.classes)
         output(f"classes (id -> index name): {table}")
         for fact in report.facts:
             output(
@@ -105,7 +102,7 @@ def _check(flags: Check) -> dict[str, Any] | None:
     if report.errors:
         worst = report.errors[0]
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
-        raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."))
+        raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."), details=report.to_json())
     return {"result": report.to_json(), "warnings": []} if flags.json else None
 
 
