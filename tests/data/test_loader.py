@@ -172,10 +172,18 @@ def test_evaluation_leaves_a_broken_picture_out(dataset: Dataset) -> None:
 
 
 def test_settings_that_cannot_be_are_named(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match="rank 2 of 2"):
-        training(dataset, rank=2, world=2)
-    with pytest.raises(ConfigError, match="workers"):
-        training(dataset, workers=-1)
+    for name, changes in {
+        "rank: wanted 0 to 1 of 2 processes; got 2": {"rank": 2, "world": 2},
+        "workers: wanted 0 or more": {"workers": -1},
+        "batch: wanted 1 or more; got 0": {"batch": 0},
+        "size: wanted 1 or more; got 64 and 0": {"size": (64, 0)},
+        "seed: wanted 0 or more": {"seed": -1},
+    }.items():
+        with pytest.raises(ConfigError, match=name) as caught:
+            training(dataset, **changes)
+        assert caught.value.code == "use.range"
+    with pytest.raises(ConfigError, match="batch: wanted 1 or more; got 0"):
+        EvaluationLoader(dataset, (64, 64), batch=0)
 
 
 def test_the_order_is_a_permutation_that_changes(dataset: Dataset) -> None:

@@ -162,6 +162,16 @@ class TrainingPictures(TorchDataset[Parcel]):
         return load(self.reading, reduce, (int(width), int(height)), self.scratch.encoded)
 
 
+def check_ranges(batch: int, size: tuple[int, int], rank: int, world: int) -> None:
+    """ConfigError where a batch, a size or a rank cannot be."""
+    if batch < 1:
+        raise ConfigError(f"batch: wanted 1 or more; got {batch}", code="range")
+    if min(size) < 1:
+        raise ConfigError(f"size: wanted 1 or more; got {size[0]} and {size[1]}", code="range")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank: wanted 0 to {world - 1} of {world} processes; got {rank}", code="range")
+
+
 class Keys(Sampler[Any]):
     """The keys that a loader hands to its workers next."""
 
@@ -190,7 +200,7 @@ class Workers:
 
     def __init__(self, pictures: TorchDataset[Parcel], workers: int) -> None:
         if workers < 0:
-            raise ConfigError(f"workers: wanted 0 or more; got {workers}")
+            raise ConfigError(f"workers: wanted 0 or more; got {workers}", code="range")
         self.keys = Keys()
         self.broken: dict[str, int] = {}  # file -> how often it was met
         with warnings.catch_warnings():
@@ -271,11 +281,9 @@ class TrainingLoader:
         Raises:
             ConfigError: A batch, size, seed or rank that cannot be.
         """
-        if batch < 1 or min(size) < 1 or seed < 0 or not 0 <= rank < world:
-            raise ConfigError(
-                f"wanted batch >= 1, size >= 1, seed >= 0 and 0 <= rank < world; got batch {batch}, size {size}, "
-                f"seed {seed}, rank {rank} of {world}"
-            )
+        check_ranges(batch, size, rank, world)
+        if seed < 0:
+            raise ConfigError(f"seed: wanted 0 or more; got {seed}", code="range")
         self.dataset = dataset
         self.pictures = TrainingPictures(
             dataset, augmentation, windows, (int(size[0]), int(size[1])), batch, seed, rank, world, balance
@@ -343,10 +351,7 @@ class EvaluationLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch < 1 or min(size) < 1 or not 0 <= rank < world:
-            raise ConfigError(
-                f"wanted batch >= 1, size >= 1 and 0 <= rank < world; got {batch}, {size}, {rank}, {world}"
-            )
+        check_ranges(batch, size, rank, world)
         self.dataset = dataset
         own = list(range(rank, len(dataset), world))
         self.keys = [tuple(own[start : start + batch]) for start in range(0, len(own), batch)]
