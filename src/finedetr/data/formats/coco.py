@@ -314,18 +314,22 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
         reading.note("area", "warn", message, count=unusable)
     table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     identities = annotation_ids(reading, [row[8] for row in rows])
-    boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
+    with np.errstate(over="ignore"):  # a corner beyond all numbers is told as one that is not finite
+        boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
     pictures, labels = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     return pictures, labels, boxes, table[:, 6].astype(bool), table[:, 7], identities
 
 
 def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tuple[float, ...], float]:
-    """The four numbers of a box and its area (NaN: not given)."""
+    """The four numbers of a box and its area (NaN: not given, or no number)."""
+    try:
+        area = float(item["area"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        area = math.nan
     try:
         box = tuple(float(value) for value in item["bbox"])
-        area = float(item["area"]) if item.get("area") is not None else float("nan")
     except (TypeError, ValueError, OverflowError):
-        box, area = (), 0.0
+        box = ()
     if len(box) != 4:
         place = reading.entry("annotations", number)
         raise DataError(

@@ -60,7 +60,12 @@ def annotation_files(root: Path) -> list[tuple[Path, str]]:
     """The tables of a folder and the split of each: `train.csv`, or `train/_annotations.csv` as Roboflow writes it."""
     found = [(file, file.parent.name) for file in sorted(root.glob("*/_annotations.csv"))]
     found += [(file, file.stem) for file in sorted([*root.glob("*.csv"), *root.glob("annotations/*.csv")])]
-    return [(file, split_name(name)) for file, name in found if header(file)]
+    tables = [(file, split_name(name)) for file, name in found if header(file)]
+    empty = [file for file, _ in found if os.path.isfile(file) and not os.path.getsize(file)]
+    if tables and empty:  # alone it may be anything; beside a table it was to be one
+        hint = f"A split without boxes has a header: {','.join(NEEDED)}. Remove the file if it is no split."
+        raise DataError(f"{empty[0]}: is empty", code="csv", hint=hint)
+    return tables
 
 
 def splits(root: Path) -> tuple[str, ...]:
