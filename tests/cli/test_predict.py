@@ -106,8 +106,10 @@ def test_broken_pictures_are_warnings_unless_all_are(
         assert f"data.corrupt_image: none of 2 pictures can be read, first: {folder}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     Image.new("RGB", (90, 70)).save(folder / "good.jpg")
+    write(folder / "a.mp4", "")
     assert main(words(weights, folder, tmp_path / "out", "--json")) == 0
     warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert warnings.pop() == "1 videos are passed over: name them one by one"
     assert [warning.partition(": cannot be decoded")[0] for warning in warnings] == [
         f"{folder}/x: {name}.jpg" for name in ("one", "two")
     ]

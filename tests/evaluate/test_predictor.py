@@ -284,6 +284,22 @@ def test_a_broken_file_in_a_folder_is_passed_over_and_told(
             predictor(named)
 
 
+def test_videos_of_a_folder_are_passed_over_and_told(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.mp4", "deep/b.avi"):
+        (tmp_path / name).write_bytes(b"")
+    predictor = predictor_for(dataset)
+    for source, count in ((tmp_path, 2), (str(tmp_path / "*"), 1), ([tmp_path, tmp_path], 4)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(predictor(source)) in (5, 10)
+        assert f"{count} videos are passed over: name them one by one" in caplog.text
+    with pytest.raises(DataError, match=r"holds no picture \(1 other files\)\n  Name videos one by one"):
+        predictor(tmp_path / "deep")
+
+
 def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: Path) -> None:
     predictor = predictor_for(dataset)
     empty = tmp_path / "empty"

@@ -18,7 +18,7 @@ from finedetr.evaluate.address import is_address
 from finedetr.evaluate.pictures import save_picture
 from finedetr.evaluate.predictor import Predictor
 from finedetr.evaluate.results import as_files
-from finedetr.evaluate.sources import find_pictures
+from finedetr.evaluate.sources import Pictures, find_pictures
 from finedetr.evaluate.video import Video, VideoWriter, is_video
 from finedetr.files import fresh_stem
 from finedetr.model.weights import load_weights
@@ -72,8 +72,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     flags = parse(Predict, spell(words, own=("format",)), "finedetr predict")
     _check(flags)
     weights = find_weights(flags.weights)
+    sources = [find_pictures(source) for source in flags.source]
     if flags.draw:
-        _check_pictures(flags)
+        _check_pictures(sources, flags.out)
     device = choose_device(flags.device)
     detector, card = load_weights(weights, device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
@@ -102,6 +103,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     written = [_write(flags.out / path, content) for path, content in files.items()]
     if flags.json:
         passed = [f"{message}; it is passed over" for message in predictor.broken.values()]
+        videos = sum(found.videos for found in sources)
+        passed += [f"{videos} videos are passed over: name them one by one"] if videos else []
         return {"result": {"pictures": documents, "out": str(flags.out)}, "warnings": passed}
     boxes = sum(map(len, answers))
     print(f"{boxes} detections in {len(documents)} pictures: {written[0]}", file=sys.stderr)
@@ -134,16 +137,16 @@ def _check(flags: Predict) -> None:
         )
 
 
-def _check_pictures(flags: Predict) -> None:
+def _check_pictures(sources: Sequence[Pictures], out: Path) -> None:
     """Annotated pictures bear the names of their sources, and must not replace one."""
-    out = flags.out.resolve()
-    for source in flags.source:
-        for item in find_pictures(source).items:
+    folder = out.resolve()
+    for found in sources:
+        for item in found.items:
             name = item.path if isinstance(item, Video) else str(item)
             path = Path(name)
-            if not is_address(name) and out in (path.parent.resolve(), path.resolve().parent):
+            if not is_address(name) and folder in (path.parent.resolve(), path.resolve().parent):
                 raise UsageError(
-                    f"--out {flags.out} is the folder of {name}: annotated pictures would replace it",
+                    f"--out {out} is the folder of {name}: annotated pictures would replace it",
                     code="conflict",
                     hint="Give another --out, or --no-draw.",
                 )
