@@ -93,12 +93,9 @@ class Model:
             self._predictor.detector,
             open_dataset(data, split, layout=layout),
             card.size,
-            batch,
-            workers,
-            self._device,
-            mean=card.mean,
-            std=card.std,
-            top=self._predictor.inference.top,
+            self._predictor.inference,
+            batch=batch,
+            workers=workers,
             names=card.names,
         )
         return replace(evaluation, diagnosis=diagnose(evaluator))

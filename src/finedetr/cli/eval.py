@@ -20,6 +20,7 @@ from finedetr.detections import THRESHOLD
 from finedetr.errors import UsageError
 from finedetr.evaluate.diagnosis import COSTS, check_costs, diagnose
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.model.detector import Detector
@@ -96,15 +97,11 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         detector,
         dataset,
         flags.size or card.size,
-        flags.batch,
-        flags.workers,
-        device,
-        mean=card.mean,
-        std=card.std,
-        precision=flags.precision,
-        top=flags.top,
-        max_detections=flags.max_detections,
+        Inference(device, flags.precision, card.mean, card.std, flags.top),
+        batch=flags.batch,
+        workers=flags.workers,
         names=card.names,
+        max_detections=flags.max_detections,
         progress=_progress,
     )
     if flags.errors or flags.thresholds:

@@ -240,18 +240,14 @@ def evaluate_detector(
     detector: nn.Module,
     dataset: Dataset,
     size: tuple[int, int],
+    inference: Inference,
+    *,
     batch: int = 8,
     workers: int = 2,
-    device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    *,
-    precision: Precision = "fp32",
-    top: int | None = None,
-    max_detections: int = 100,
     names: Sequence[str] | None = None,
+    max_detections: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, Evaluator]:
     """Measures a detector on a data set by the published evaluation.
@@ -263,17 +259,13 @@ def evaluate_detector(
         detector: Its forward gives `Output`; already on the device. It is left in the mode in which it came.
         dataset: The truth.
         size: (height, width) of the detector's input.
+        inference: How the detector is run.
         batch: Pictures of one process that go through the detector together.
         workers: Processes that read pictures; 0 reads in this one.
-        device: Where the detector is.
         rank: The number of this process.
         world: How many processes there are; more than one need `torch.distributed`.
-        mean: As in the weights' card.
-        std: As in the weights' card.
-        precision: `fp32`, `bf16`, `fp16` or `auto`.
-        top: Detections kept of each picture; None: see `top_detections`.
-        max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         names: The detector's class names. Where they are not the data set's, classes are matched by name.
+        max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         progress: Called after each batch with how many of this process's batches are done, and how many there are.
 
     Raises:
@@ -284,7 +276,6 @@ def evaluate_detector(
     failure: FineDETRError | None = None
     try:
         to_truth = _class_table(names, dataset.categories)
-        inference = Inference(device, precision, mean, std, top)
         loader = EvaluationLoader(dataset, size, batch, workers, rank, world)
         try:
             with at_rest(detector):
