@@ -18,6 +18,7 @@ from finedetr.data.doctor import check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.data.hugging_face import is_hugging_face, unpack
 from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.evaluate.evaluation import plain
 
 ACTIONS = ("check", "convert")
 
@@ -90,7 +91,7 @@ def _check(flags: Check) -> dict[str, Any] | None:
     report = check(*splits, size=flags.size, queries=flags.queries, strict=flags.strict, bytes_too=flags.deep)
     if not flags.json:
         output(report.evidence)
-        table = ", ".join(f"{row.id} -> {row.index} {_plain(row.name)}" for row in report.classes)
+        table = ", ".join(f"{row.id} -> {row.index} {plain(row.name)}" for row in report.classes)
         output(f"classes (id -> index name): {table}")
         for fact in report.facts:
             output(
@@ -104,11 +105,6 @@ def _check(flags: Check) -> dict[str, Any] | None:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."), details=report.to_json())
     return {"result": report.to_json(), "warnings": []} if flags.json else None
-
-
-def _plain(name: str) -> str:
-    """A name that cannot steer a terminal."""
-    return "".join(character if character.isprintable() else " " for character in name)
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:

@@ -23,9 +23,9 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
+from finedetr.files import write_text
 from finedetr.model.detector import Detector
 from finedetr.model.weights import Card, load_weights, save_weights
-from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 
@@ -109,8 +109,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if flags.thresholds:
         _keep_thresholds(file, detector, card, evaluation)
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
-    numbers = _write(folder / f"evaluation_{flags.split}.json", document)
-    results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())
+    numbers = write_text(folder / f"evaluation_{flags.split}.json", json.dumps(document, ensure_ascii=False))
+    results = write_text(folder / f"predictions_{flags.split}.json", json.dumps(evaluator.coco_results()))
     files = [str(numbers), str(results)]
     sheet = worst_sheet(evaluation, evaluator) if flags.errors else None
     if sheet is not None:
@@ -175,11 +175,6 @@ def _data_of(weights: Path) -> Path:
         folder = RunFolder.existing(weights)
         return Path(folder.read_json(folder.config)["data"]["path"])
     raise UsageError("eval needs --data", code="required", hint=f"Such as: finedetr eval {weights} --data pictures/")
-
-
-def _write(path: Path, document: object) -> Path:
-    text = json.dumps(document, ensure_ascii=False)
-    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _progress(done: int, total: int) -> None:

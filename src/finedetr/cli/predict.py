@@ -20,9 +20,8 @@ from finedetr.evaluate.predictor import Predictor
 from finedetr.evaluate.results import as_files
 from finedetr.evaluate.sources import Pictures, find_pictures
 from finedetr.evaluate.video import Video, VideoWriter, is_video
-from finedetr.files import fresh_stem
+from finedetr.files import fresh_stem, write_text
 from finedetr.model.weights import load_weights
-from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import find_weights
 
@@ -100,7 +99,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     files = {Path("predictions.jsonl"): text}
     if flags.format != "json":
         files |= as_files(flags.format, answers, annotated.stems, card.names, card.category_ids)
-    written = [_write(flags.out / path, content) for path, content in files.items()]
+    written = [write_text(flags.out / path, content) for path, content in files.items()]
     if flags.json:
         passed = [f"{message}; it is passed over" for message in predictor.broken.values()]
         videos = sum(found.videos for found in sources)
@@ -157,10 +156,6 @@ def _document(found: Detections) -> dict[str, Any]:
     moment = {} if found.frame is None else {"frame": found.frame, "seconds": round(found.seconds or 0.0, 3)}
     width, height = found.size
     return {"path": found.path, **moment, "width": width, "height": height, "detections": found.to_records()}
-
-
-def _write(path: Path, text: str) -> Path:
-    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 class _Annotated:
