@@ -57,6 +57,25 @@ def test_the_matrix_is_at_the_thresholds_and_in_the_order_of_the_classes(evaluat
     assert [(c.truth, c.answer, c.count) for c in loose.confused()[:2]] == [(2, 0, 2), (0, 2, 1)]
 
 
+def test_answers_are_matched_once_for_all_questions_until_more_come(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = evaluator.to_bytes()
+    tables = []
+    prepared = Evaluator._prepared
+    monkeypatch.setattr(
+        Evaluator, "_prepared", lambda self, table, **more: tables.append(table) or prepared(self, table, **more)
+    )
+    other = Evaluator(evaluator.dataset)
+    other.merge(fresh)
+    diagnosis, numbers = diagnose(other), other.result()
+    assert len(tables) == 2, "all answers, and those that are told"
+    assert (diagnose(evaluator), evaluator.result()) == (diagnosis, numbers)
+    other.add(2, [[0, 0, 30, 30]], [0.99], [0])
+    assert other.result().ap > numbers.ap
+    assert diagnose(other).worst != diagnosis.worst
+
+
 def test_the_worst_pictures_come_first(evaluator: Evaluator) -> None:
     worst = diagnose(evaluator).worst
     assert [(w.id, w.found, w.missed, w.wrong) for w in worst] == [(30, 1, 1, 0), (10, 0, 1, 0)]

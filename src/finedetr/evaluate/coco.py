@@ -81,6 +81,8 @@ class Evaluator:
         self.dataset = dataset
         self.max_detections = max_detections
         self._answers = _Answers()
+        self._joined: _Table | None = None
+        self._matched: Any = None
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -175,6 +177,7 @@ class Evaluator:
                 code="not_finite",
                 hint="The weights have diverged, or half precision overflows: evaluate in fp32 to tell which.",
             )
+        self._joined = self._matched = None  # what was made of the answers so far
         answers = self._answers
         answers.picture.append(picture.copy())
         answers.count.append(count.copy())
@@ -232,7 +235,7 @@ class Evaluator:
     def result(self) -> Evaluation:
         """Measures all that came in. More may come in afterwards."""
         table = self._table()
-        precision, recall = self._curves(table)
+        precision, recall = self._curves()
         metrics: dict[str, Any] = {
             "ap": _mean(precision[:, :, :, 0, -1]),
             "ap50": _mean(precision[0, :, :, 0, -1]),
@@ -286,6 +289,8 @@ class Evaluator:
 
     def _table(self) -> _Table:
         """Joins what came in; of a picture that came twice the later answer stays."""
+        if self._joined is not None:
+            return self._joined
         a = self._answers
         picture = _join(a.picture, np.int64)
         count = _join(a.count, np.int64)
@@ -302,24 +307,28 @@ class Evaluator:
             _join(a.score, np.float32)[rows],
             _join(a.label, np.int64)[rows],
         )
-        # What is joined once need not be joined again: a picture's sheet asks picture by picture.
         counts = np.bincount(table.picture, minlength=len(self.dataset))[table.answered]
         self._answers = _Answers([table.answered], [counts], [table.xyxy], [table.score], [table.label])
+        self._joined = table
         return table
 
-    def _curves(self, table: _Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _evaluated(self) -> Any:
+        """All that came in, matched with the truth: once for the numbers and for what goes wrong."""
+        if self._matched is None:
+            self._matched = self._prepared(self._table())
+            self._matched.evaluate()
+        return self._matched
+
+    def _curves(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Precision [10 IoUs, 101 recalls, C, 4 areas, 3 limits] and recall [10, C, 4, 3]; -1: no truth."""
-        evaluation = self._prepared(table)
-        evaluation.evaluate()
+        evaluation = self._evaluated()
         evaluation.accumulate()
         curves: dict[str, Any] = evaluation.eval or {}
         return curves["precision"], curves["recall"]
 
     def judged(self) -> Judged:
         """What became of each detection and each object at IoU .5, and the six kinds of error."""
-        table = self._table()
-        evaluation = self._prepared(table)
-        evaluation.evaluate()
+        table, evaluation = self._table(), self._evaluated()
         verdicts = evaluation.image_diagnostics(iou_thr=0.5)
         verdict = np.full(len(table.score), -1, dtype=np.int8)  # ids of detections are rows, from 1
         for identity, status in verdicts["dt_status"].items():
