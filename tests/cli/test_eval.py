@@ -53,6 +53,17 @@ def test_thresholds_are_never_written_into_the_cache_of_the_hub(
     assert main(words("hf://farm/hens", data)) == 0
 
 
+def test_missing_pictures_are_left_out_when_asked(
+    weights: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "data"))
+    write(root / "list.txt", "images/val/a.jpg\nimages/val/absent.jpg\n")
+    write(root / "data.yaml", 'val: list.txt\nnames: [hen, "egg, brown"]\n')
+    assert main(words(weights, root, "--out", str(tmp_path))) == 3
+    assert "data.missing_image" in capsys.readouterr().err
+    assert main(words(weights, root, "--out", str(tmp_path), "--skip-missing")) == 0
+
+
 def test_thresholds_change_nothing_but_the_card(weights: str, data: Path, tmp_path: Path) -> None:
     own = Path(shutil.copy(weights, tmp_path / "own.safetensors"))
     assert main(words(own, data, "--thresholds", "f1")) == 0

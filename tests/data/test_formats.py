@@ -184,11 +184,6 @@ def test_boxes_of_an_unrotated_annotation_turn_with_the_picture(tmp_path: Path, 
     assert codes(data)["data.exif"] == 1
 
 
-def test_annotations_can_be_read_without_pictures(real_data: Path) -> None:
-    data = open_dataset(real_data / "cocoeval" / "instances_val2014_100.json", need_images=False)
-    assert (len(data), len(data.boxes), len(data.categories)) == (100, 839, 80)
-
-
 # ----------------------------------------------------------------------------------------------------------------- YOLO
 
 
@@ -345,6 +340,7 @@ def test_few_absent_or_broken_pictures_are_left_out_and_many_are_an_error(tmp_pa
     with pytest.raises(DataError, match="10 of 210 pictures are listed but absent") as caught:
         build(10)()
     assert caught.value.code == "data.missing_image"
+    assert "--skip-missing" in str(caught.value)
     assert len(open_dataset(tmp_path / "set", skip_missing=True)) == 199
 
 
@@ -490,6 +486,18 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkey
     monkeypatch.setattr("io.open", refuse)
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         open_dataset(tmp_path)
+
+
+def test_the_commands_go_on_without_missing_pictures_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = coco(tmp_path / "set", content())
+    (root / "train2017" / "b.jpg").unlink()
+    for words in (["check", str(root)], ["convert", str(root), str(tmp_path / "out"), "--to", "yolo"]):
+        assert main(["data", *words]) == 3
+        assert "data.missing_image: 1 of 2 pictures are listed but absent" in capsys.readouterr().err
+        assert main(["data", *words, "--skip-missing"]) == 0
+        assert "train: 1 pictures" in capsys.readouterr().out
 
 
 def test_a_yaml_without_splits_is_told_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

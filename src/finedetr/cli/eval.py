@@ -46,6 +46,8 @@ class Eval:
     """Its split."""
     layout: str | None = None
     """coco, yolo, voc or csv, where the data set could be read as several."""
+    skip_missing: bool = False
+    """Go on without pictures that are listed but absent, however many they are."""
     batch: int = 8
     """Pictures at a time."""
     size: tuple[int, int] | None = None
@@ -90,7 +92,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     folder.mkdir(parents=True, exist_ok=True)  # here: a folder that cannot be is told before the work
     device = choose_device(flags.device)
     detector, card = load_weights(file, device, queries=flags.queries)
-    dataset = open_dataset(data, flags.split, layout=flags.layout)
+    dataset = open_dataset(data, flags.split, layout=flags.layout, skip_missing=flags.skip_missing)
     for note in dataset.notes:
         print(note, file=sys.stderr)
     evaluation, evaluator = evaluate_detector(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finedetr.data.dataset import Dataset
-from finedetr.errors import DataError, RunError, UsageError
+from finedetr.errors import RunError, UsageError
 from finedetr.evaluate.evaluation import SIZES, ClassScore, Evaluation, SizeScore
 
 __all__ = ["Evaluator", "Judged"]
@@ -112,31 +112,6 @@ class Evaluator:
         counts = np.full(len(indices), score.shape[1])
         boxes, labels = np.asarray(xyxy, dtype=np.float32), np.asarray(label)
         self.add_rows(indices, counts, boxes.reshape(-1, 4), score.reshape(-1), labels.reshape(-1))
-
-    def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Takes COCO results in the data set's original ids, as a results file holds them.
-
-        Pictures of the data set that the results do not mention stay without an answer.
-
-        Raises:
-            DataError: Where a row names a picture or a category that the data set does not have, or lacks a field.
-        """
-        try:
-            ids = np.array([row["image_id"] for row in results], dtype=np.int64)
-            categories = np.array([row["category_id"] for row in results], dtype=np.int64)
-            boxes = np.array([row["bbox"] for row in results], dtype=np.float64).reshape(-1, 4)
-            score = np.array([row["score"] for row in results], dtype=np.float64)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"a COCO result is {{image_id, category_id, bbox: [x, y, width, height], score}}; {error!r} in these",
-                code="results",
-            ) from error
-        picture = _positions(self.dataset.ids, ids, "picture")
-        label = _positions(np.array(self.dataset.categories.ids, dtype=np.int64), categories, "category")
-        boxes[:, 2:] += boxes[:, :2]
-        order = np.argsort(picture, kind="stable")
-        answered, counts = np.unique(picture, return_counts=True)
-        self.add_rows(answered, counts, boxes[order], score[order], label[order])
 
     def add_rows(
         self,
@@ -431,18 +406,3 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 def _join(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
-
-
-def _positions(known: NDArray[np.int64], wanted: NDArray[np.int64], what: str) -> NDArray[np.int64]:
-    """Where each wanted id stands among the known ones."""
-    order = np.argsort(known, kind="stable")
-    place = np.minimum(np.searchsorted(known[order], wanted), max(len(known) - 1, 0))
-    found = known[order][place] == wanted if len(known) else np.zeros(len(wanted), dtype=bool)
-    if not found.all():
-        strange = np.unique(wanted[~found])
-        raise DataError(
-            f"the results name {what} id {strange[0]}, which the data set does not have ({len(strange)} such ids)",
-            code="results",
-            hint="Do the results belong to this split of this data set?",
-        )
-    return np.asarray(order[place])

@@ -122,12 +122,8 @@ def find_file(root: Path, split: str) -> Path:
     return files[0]
 
 
-def folder_of(file: Path, names: list[str], images: str | Path | None) -> Path:
-    """The folder of the pictures: what was given, or what is found."""
-    if images is not None:
-        if not Path(images).is_dir():
-            raise DataError(f"{images} is not a folder of pictures", code="missing_image")
-        return Path(images)
+def folder_of(file: Path, names: list[str]) -> Path:
+    """The folder of the pictures."""
     split = split_of(file.stem)
     words = (file.stem.removeprefix("instances_"), split, *(("valid",) if split == "val" else ()))
     return picture_folder(file, words, names)
@@ -136,13 +132,13 @@ def folder_of(file: Path, names: list[str], images: str | Path | None) -> Path:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(root: Path, split: str, evidence: str, images: str | Path | None, need_images: bool) -> Draft:
+def read(root: Path, split: str, evidence: str) -> Draft:
     """One split as a draft."""
     file = find_file(root, split)
     reading = Reading(file, parse(file))
     categories = read_categories(reading, root)
     names, ids, sizes, index_of = read_pictures(reading)
-    folder = folder_of(file, names, images) if need_images or images is not None else file.parent
+    folder = folder_of(file, names)
     picture, labels, boxes, crowd, area, numbers = read_annotations(reading, index_of, categories)
     return Draft(
         split=split if not root.is_file() else split_of(file.stem),
