@@ -331,5 +331,3 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
         predictor(dataset.files[0], threshold=40)
     with pytest.raises(UsageError, match="batch"):
         predictor(dataset.files[0], batch=0)
-    with pytest.raises(TypeError, match="treshold"):
-        predictor.predict(dataset.files[0], treshold=0.1)

@@ -117,10 +117,6 @@ class Predictor:
             for answer in answers
         ]
 
-    def predict(self, source: Source | Iterable[Source], threshold: float | None = None, **options: Any) -> Any:
-        """The same as calling the predictor."""
-        return self(source, threshold, **options)
-
     def stream(
         self,
         source: Source | Iterable[Source],
