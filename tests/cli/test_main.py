@@ -298,7 +298,7 @@ def test_the_table_of_models_fits_a_terminal() -> None:
     from finedetr.model.catalog import CATALOG
 
     lines = _table([_facts(name) for name in CATALOG]).splitlines()
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 100
     assert any(line.startswith("dfine-s  ") and "10.3 M" in line and "Hub: coco, obj365" in line for line in lines)
 
 

@@ -124,7 +124,7 @@ def test_a_missing_area_is_width_times_height(tmp_path: Path) -> None:
     [
         ('{"images": [1, 2,', "json", r"json:1:18"),
         ("[]", "keys", "wanted an object"),
-        ({"images": [], "annotations": []}, "keys", "missing: categories"),
+        ({"images": [], "annotations": []}, "keys", "no list: categories"),
         (content(images=[]), "empty_split", "list of images is empty"),
         (content(images=[{"id": 1}]), "keys", r"images\[0\] \(id 1\)"),
         (content(categories=[]), "keys", "no categories"),

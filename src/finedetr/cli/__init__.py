@@ -21,7 +21,7 @@ VERBS: dict[str, str] = {
     "predict": "detect in pictures, folders, addresses, videos",
     "demo": "the whole main job on pictures that it draws itself",
     "data": "data check PATH: what is wrong with a data set; data convert: another layout",
-    "models": "the table of models",
+    "models": "models list, show NAME; pull, push, convert weights",
     "info": "what a weight file or a run holds",
     "env": "versions, devices and variables, to paste into a report",
 }

@@ -65,7 +65,7 @@ class Eval:
     workers: int = 2
     """Processes that read pictures."""
     out: Path | None = None
-    """Folder of the two files. Unset: the run, or where the weights are."""
+    """Folder of what is written. Unset: the run, or where the weights are."""
     per_class: bool = True
     """Show a line for each class."""
     errors: bool = False

@@ -159,7 +159,8 @@ def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
             message = f"{len(twice)} names stand for several classes, which become one: {listed(twice)}"
             yield Note("data.class_names", "warn", message, tuple(twice), len(twice))
     if table.ids != new_ids:
-        message = f"category ids {listed([str(i) for i in table.ids])} are lost: {to} numbers classes from 0"
+        why = "numbers classes from 0" if to == "yolo" else "numbers classes in the order of their names"
+        message = f"category ids {listed([str(i) for i in table.ids])} are lost: {to} {why}"
         yield Note("data.class_gap", "info", message, count=len(table))
     outlines = int(np.count_nonzero(np.abs(area - extents.prod(1)) > 1e-3 * np.maximum(area, 1)))
     if outlines:

@@ -194,7 +194,7 @@ def _findings(d: Diagnosis) -> str:
     worst = "".join(f"<tr><td>{escape(Path(w.file).name)}<td>{w.found}<td>{w.missed}<td>{w.wrong}" for w in d.worst)
     return (
         f"<h2>Errors</h2><table><tr><th>kind<th>boxes<th>AP50 lost{errors}</table>"
-        "<h2>Thresholds</h2><p>The score with the best F1, measured on these pictures.</p>"
+        "<h2>Thresholds</h2><p>The score from which on boxes of a class are best told, measured on these pictures.</p>"
         f"<table><tr><th>class<th>score<th>F1<th>precision<th>recall{limits}</table>"
         f"<h2>Confusion</h2>{_confusion(d)}"
         f"<h2>Worst pictures</h2><table><tr><th>picture<th>found<th>missed<th>wrong{worst}</table>"

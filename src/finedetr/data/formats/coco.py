@@ -176,7 +176,7 @@ def parse(file: Path) -> dict[str, list[Any]]:
     missing = [key for key in KEYS if not isinstance(content.get(key), list)]
     if missing:
         raise DataError(
-            f"{file}: wanted lists named {', '.join(KEYS)}; missing: {', '.join(missing)}",
+            f"{file}: wanted lists named {', '.join(KEYS)}; no list: {', '.join(missing)}",
             code="keys",
             hint=f"Found: {', '.join(sorted(map(str, content))) or 'nothing'}.",
         )
