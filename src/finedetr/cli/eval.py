@@ -139,7 +139,7 @@ def _check_keeping(flags: Eval, file: Path) -> None:
     """Thresholds go into a file of one's own, and belong to its weights as they are."""
     if not flags.weights.exists():
         raise UsageError(
-            f"{flags.weights} is in the Hub's cache, which others share: thresholds cannot be kept there",
+            f"{file} is in the Hub's cache, which others share: thresholds cannot be kept there",
             code="conflict",
             hint=f"Copy it first: finedetr models convert {file} mine.safetensors",
         )
