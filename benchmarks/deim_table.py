@@ -4,19 +4,21 @@
 
 The model and the other settings are the demo's; without `--data` it draws 400 pictures. Each row is trained from random
 weights on one thread for the same time, with `--jobs` of them side by side, and is evaluated on the same pictures.
-Prints the table, and writes it to `benchmarks/results/deim_table.json`.
+Prints the table, and writes it to `benchmarks/results/deim_table_DATE_HARDWARE_MINUTESmin.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ ROWS = {  # the class loss, and the chance of a dense picture
     "dense one-to-one": ("Varifocal", 0.5),
     "DEIM: both": ("MatchabilityAware", 0.5),
 }
-RESULTS = Path(__file__).parent / "results" / "deim_table.json"
 
 
 def one(row: str, seed: int, data: Path, out: Path, seconds: float) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--one", nargs=3, metavar=("ROW", "SEED", "OUT"), help="what the script starts itself with")
     args = parser.parse_args()
     if args.one:
@@ -65,14 +67,36 @@ def main() -> None:
         jobs = [(row, seed) for seed in range(args.seeds) for row in ROWS]
         with ThreadPoolExecutor(args.jobs) as pool:
             found = list(pool.map(lambda job: start(*job, data, Path(scratch), args.minutes), jobs))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"minutes": args.minutes, "runs": found}, indent=2) + "\n")
+    print(f"written to {write(args, found)}", file=sys.stderr)
     print("| | AP (seeds; mean) | AP50 (mean) | steps |\n|---|---|---|---|")
     for row in ROWS:
         mine = [run for run in found if run["row"] == row]
         values, mean = " ".join(f"{run['AP']:.3f}" for run in mine), statistics.mean(run["AP"] for run in mine)
         half, steps = statistics.mean(run["AP50"] for run in mine), statistics.mean(run["steps"] for run in mine)
         print(f"| {row} | {values}; **{mean:.3f}** | {half:.3f} | {steps:.0f} |")
+
+
+def write(args: argparse.Namespace, found: list[dict[str, Any]]) -> Path:
+    """The runs, and where, when and on what they were made; a run of another length has a file of its own."""
+    import torch
+
+    from finedetr import __version__
+
+    words = f"--minutes {args.minutes:g} --seeds {args.seeds} --jobs {args.jobs}"
+    document = {
+        "benchmark": "deim_table",
+        "command": f"python -m benchmarks.deim_table {words}" + (f" --data {args.data.name}" if args.data else ""),
+        "date": date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {args.jobs} processes of 1 thread",
+        "torch": torch.__version__,
+        "finedetr": __version__,
+        "minutes": args.minutes,
+        "runs": found,
+    }
+    args.results.mkdir(exist_ok=True)
+    path = args.results / f"deim_table_{document['date']}_{platform.machine()}_{args.minutes:g}min.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def draw(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import finedetr
 from finedetr.errors import ModelError, UsageError
@@ -37,8 +38,19 @@ def test_training_gives_a_run_that_can_be_asked(run: object, data: Path) -> None
 
 def test_an_evaluation_by_hand_repeats_the_run(run: object, data: Path) -> None:
     by_hand = finedetr.load(run.folder, device="cpu").evaluate(data, workers=0)  # type: ignore[attr-defined]
+    assert by_hand.diagnosis is None
     assert by_hand.metrics() == run.best.metrics()  # type: ignore[attr-defined]
     assert [r["kind"] for r in run.metrics][-1] == "evaluation"  # type: ignore[attr-defined]
+
+
+def test_an_evaluation_runs_as_the_model_was_loaded(run: object, data: Path) -> None:
+    model = finedetr.load(run.folder, device="cpu", precision="bf16", top=3)  # type: ignore[attr-defined]
+    seen = []
+    model._predictor.detector.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    evaluation = model.evaluate(data, workers=0, errors=True)
+    assert evaluation.detections == 6
+    assert len(evaluation.diagnosis.thresholds) == len(evaluation.per_class)
+    assert seen == [True]
 
 
 def test_a_run_goes_on_and_starts_others(run: object, data: Path, tmp_path: Path) -> None:

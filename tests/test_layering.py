@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "finedetr"
-GROUND = {"_version", "_env", "errors", "geometry", "records", "detections"}
+GROUND = {"_version", "_env", "errors", "files", "geometry", "records", "detections"}
 FLOORS = [
     GROUND,
     {"model", "supervise", "data", "serve"},

@@ -84,23 +84,27 @@ class Model:
         return self._predictor.stream(source, threshold, batch, nms=nms, tile=tile)
 
     def evaluate(
-        self, data: str | Path, split: str = "val", *, batch: int = 8, workers: int = 2, layout: str | None = None
+        self,
+        data: str | Path,
+        split: str = "val",
+        *,
+        batch: int = 8,
+        workers: int = 2,
+        layout: str | None = None,
+        errors: bool = False,
     ) -> Evaluation:
-        """COCO's numbers on a split of a data set, and what goes wrong (`diagnosis`); classes are matched by name."""
+        """COCO's numbers on a split of a data set; classes are matched by name. `errors`: and what goes wrong."""
         card = self.card
         evaluation, evaluator = evaluate_detector(
             self._predictor.detector,
             open_dataset(data, split, layout=layout),
             card.size,
-            batch,
-            workers,
-            self._device,
-            mean=card.mean,
-            std=card.std,
-            top=self._predictor.inference.top,
+            self._predictor.inference,
+            batch=batch,
+            workers=workers,
             names=card.names,
         )
-        return replace(evaluation, diagnosis=diagnose(evaluator))
+        return replace(evaluation, diagnosis=diagnose(evaluator)) if errors else evaluation
 
     def push_to_hub(self, repository: str, *, license: str, private: bool = False, dataset: str | None = None) -> str:
         """Uploads weights and model card to the Hugging Face Hub; `load("hf://owner/name")` reads them again.

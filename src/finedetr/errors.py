@@ -26,16 +26,20 @@ class FineDETRError(Exception):
         code: A stable dotted string such as `data.class_range`, for programs.
         exit: The exit status of the command line.
         hint: How to mend it, or an empty string where the message says it all.
+        details: All that was found out before, for programs.
     """
 
     exit = 1
     prefix = "run"
 
-    def __init__(self, message: str, *, code: str = "error", hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, code: str = "error", hint: str = "", details: Mapping[str, object] | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = f"{self.prefix}.{code}"
         self.hint = hint
+        self.details = dict(details or {})
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message

@@ -16,17 +16,7 @@ from PIL import Image
 from finedetr.cli import main
 from finedetr.data.formats import open_dataset
 from finedetr.evaluate.video import VideoWriter
-from finedetr.model.detector import Detector
-from finedetr.model.weights import Card, save_weights
 from tests.data.test_formats import write
-from tests.train.tiny import TINY
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    card = Card(TINY, ("hen", "egg, brown"), (3, 9), size=(64, 64))
-    return str(save_weights(path, Detector(TINY, 2), card))
 
 
 @pytest.fixture
@@ -60,21 +50,83 @@ def test_labels_for_other_tools_read_as_data_sets(weights: str, pictures: Path, 
     assert len(open_dataset(tmp_path / "yolo").labels)
 
 
+def test_no_two_pictures_share_a_name(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/x.jpg", "b/x.jpg", "c/x-2.jpg", "d/X.jpg"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    assert main(words(weights, tmp_path, tmp_path / "out", "--format", "yolo")) == 0
+    stems = [Path(json.loads(line)["picture"]).stem for line in capsys.readouterr().out.splitlines()]
+    assert stems == ["x", "x-2", "x-2-2", "X-3"]
+    assert sorted(p.stem for p in (tmp_path / "out" / "labels").iterdir()) == sorted(stems)
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("", ""),
+        ("a.jpg", "deep/.."),
+        ("", "deep"),
+        ("*/*.png", "deep"),
+        ("**/*", "."),
+        ("link/a.png", "deep"),
+    ],
+)
 def test_sources_are_never_written_over(
+    source: str, out: str, weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "link").symlink_to(pictures / "deep")
+    before = {file: file.read_bytes() for file in pictures.rglob("*.*")}
+    assert main(words(weights, pictures / source, pictures / out)) == 2
+    assert "use.conflict: --out" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in pictures.rglob("*.*")} == before
+    assert main(words(weights, pictures / source, pictures / out, "--no-draw")) == 0
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_labels_are_replaced_only_when_asked(
     weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (pictures / "a.jpg").read_bytes()
-    assert main(words(weights, pictures, pictures)) == 2
-    assert main(words(weights, pictures / "a.jpg", pictures / "deep" / "..")) == 2
-    assert capsys.readouterr().err.count("use.conflict") == 2
-    assert (pictures / "a.jpg").read_bytes() == before
+    mine = write(pictures / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
+    again = words(weights, pictures / "a.jpg", pictures, "--format", "yolo", "--no-draw")
+    assert main(again) == 2
+    assert f"use.exists: {mine.parent} holds labels already" in capsys.readouterr().err
+    assert mine.read_text() == "0 0.5 0.5 0.1 0.1\n"
+    assert main([*again, "--overwrite"]) == 0
+    assert len(mine.read_text().splitlines()) > 1
+
+
+def test_broken_pictures_are_warnings_unless_all_are(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("x: one.jpg", "x: two.jpg"):
+        write(folder / name, "no picture")
+    for kind in ("json", "yolo"):
+        assert main(words(weights, folder, tmp_path / "out", "--format", kind)) == 3
+        assert f"data.corrupt_image: none of 2 pictures can be read, first: {folder}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    Image.new("RGB", (90, 70)).save(folder / "good.jpg")
+    write(folder / "a.mp4", "")
+    assert main(words(weights, folder, tmp_path / "out", "--json")) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert warnings.pop() == "1 videos are passed over: name them one by one"
+    assert [warning.partition(": cannot be decoded")[0] for warning in warnings] == [
+        f"{folder}/x: {name}.jpg" for name in ("one", "two")
+    ]
 
 
 def test_tiles_and_numbers_out_of_range(
     weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "48", "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["result"]["pictures"][0]["width"] == 90
+    found = []
+    for more in ((), ("--tile", "48"), ("--tile", "48", "--top", "2")):
+        assert main(words(weights, pictures / "a.jpg", tmp_path / "out", *more, "--json")) == 0
+        (one,) = json.loads(capsys.readouterr().out)["result"]["pictures"]
+        assert one["width"] == 90
+        found.append([(row["score"], row["xyxy"]) for row in one["detections"]])
+    whole, tiled, best = found
+    assert not {tuple(box) for _, box in tiled} <= {tuple(box) for _, box in whole}
+    assert len(best) == 2 < len(tiled)
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--tile", "5")) == 2
     assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--format", "xml")) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from finedetr.cli import main
 from finedetr.data.dataset import Categories, Dataset
 from finedetr.data.doctor import check
 from finedetr.data.formats import open_dataset
+from tests.data.test_formats import picture, write
 from tests.data.test_geometry import painted
 
 
@@ -44,6 +47,16 @@ def test_a_leak_is_found_by_bytes_and_is_an_error_when_strict(tmp_path: Path) ->
     assert found(train, val) == {"data.leak": ("warn", 1)}
     assert found(train, val, strict=True) == {"data.leak": ("error", 1)}
     assert found(train, val, bytes_too=False) == {}
+
+
+def test_a_union_of_splits_leaks_nothing_but_a_split_of_its_own_does(tmp_path: Path) -> None:
+    train, val = splits(tmp_path)
+    union = replace(train.subset([0, 1]), split="trainval")
+    assert found(train, val, union, strict=True) == {}
+    stranger = tmp_path / "copy.jpg"
+    shutil.copy(train.files[0], stranger)
+    minival = replace(train.subset([0]), split="minival", files=(str(stranger),))
+    assert found(train, val, union, minival, strict=True) == {"data.leak": ("error", 1)}
 
 
 def test_a_picture_that_is_cut_off_is_found_by_decoding_it(tmp_path: Path) -> None:
@@ -91,3 +104,22 @@ def test_real_sets(real_data: Path) -> None:
     assert not report.errors
     assert "data.degenerate" in {note.code for note in report.notes}
     assert sum(f.boxes for f in report.facts) == 2804 + 1137
+
+
+def test_the_command_gives_the_whole_report_whatever_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        picture(tmp_path / "images" / split / "a.jpg")
+        write(tmp_path / "labels" / split / "a.txt", "0 0.5 0.5 0.4 0.4\n")
+    write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: {3: hen, 0: egg}\n")
+    assert main(["data", "check", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["result"]
+    assert report["classes"] == [{"id": 0, "index": 0, "name": "egg"}, {"id": 3, "index": 1, "name": "hen"}]
+    assert "data.yaml has names" in report["evidence"]
+    write(tmp_path / "labels" / "val" / "a.txt", "")
+    assert main(["data", "check", str(tmp_path), "--json", "--deep", "--strict"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["message"].endswith("(and 1 more)")
+    assert [n["code"] for n in error["report"]["notes"] if n["level"] == "error"] == ["data.empty_split", "data.leak"]
+    assert [split["boxes"] for split in error["report"]["splits"]] == [1, 0]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finedetr.cli import main
 from finedetr.data.dataset import Dataset
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import DataError
@@ -123,7 +124,7 @@ def test_a_missing_area_is_width_times_height(tmp_path: Path) -> None:
     [
         ('{"images": [1, 2,', "json", r"json:1:18"),
         ("[]", "keys", "wanted an object"),
-        ({"images": [], "annotations": []}, "keys", "missing: categories"),
+        ({"images": [], "annotations": []}, "keys", "no list: categories"),
         (content(images=[]), "empty_split", "list of images is empty"),
         (content(images=[{"id": 1}]), "keys", r"images\[0\] \(id 1\)"),
         (content(categories=[]), "keys", "no categories"),
@@ -181,11 +182,6 @@ def test_boxes_of_an_unrotated_annotation_turn_with_the_picture(tmp_path: Path, 
     ys, xs = np.flatnonzero(turned.any(1)), np.flatnonzero(turned.any(0))
     assert data.boxes[0].tolist() == [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
     assert codes(data)["data.exif"] == 1
-
-
-def test_annotations_can_be_read_without_pictures(real_data: Path) -> None:
-    data = open_dataset(real_data / "cocoeval" / "instances_val2014_100.json", need_images=False)
-    assert (len(data), len(data.boxes), len(data.categories)) == (100, 839, 80)
 
 
 # ----------------------------------------------------------------------------------------------------------------- YOLO
@@ -344,6 +340,7 @@ def test_few_absent_or_broken_pictures_are_left_out_and_many_are_an_error(tmp_pa
     with pytest.raises(DataError, match="10 of 210 pictures are listed but absent") as caught:
         build(10)()
     assert caught.value.code == "data.missing_image"
+    assert "--skip-missing" in str(caught.value)
     assert len(open_dataset(tmp_path / "set", skip_missing=True)) == 199
 
 
@@ -383,7 +380,7 @@ def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
     [
         ({"categories": [{"id": 10**30, "name": "a"}], "annotations": []}, "data.keys"),
         ({"annotations": one(bbox=[10**400, 1, 2, 3])}, "data.box"),
-        ({"annotations": one(area=10**400)}, "data.box"),
+        ({"annotations": one(bbox=[1e308, 0, 1e308, 5])}, "data.nonfinite"),
         ({"categories": [{"id": 5, "name": "\ud800"}], "annotations": one()}, "data.class_names"),
         ({"images": [{"id": 7, "file_name": "a\0.jpg"}], "annotations": one()}, "data.missing_image"),
         ({"images": [{"id": 7, "file_name": "\ud800.jpg"}], "annotations": one()}, "data.missing_image"),
@@ -401,11 +398,11 @@ def test_numbers_and_names_that_no_machine_holds_are_refused(
 
 def test_crowd_as_a_word_and_areas_that_cannot_be(tmp_path: Path) -> None:
     rows = [one(id=i, iscrowd=word, area=area)[0] for i, (word, area) in enumerate([("0", -5), (False, 7), (True, 7)])]
-    rows += one(id=9, area=float("inf"))
+    rows += [one(id=9 + i, area=area)[0] for i, area in enumerate((float("inf"), 10**400, "large", [4]))]
     data = open_dataset(coco(tmp_path, content(annotations=rows)))
-    assert data.crowd.tolist() == [False, False, True, False]
-    assert data.area.tolist() == [12, 7, 7, 12]
-    assert codes(data)["data.area"] == 2
+    assert data.crowd.tolist() == [False, False, True, *[False] * 4]
+    assert data.area.tolist() == [12, 7, 7, *[12] * 4]
+    assert codes(data)["data.area"] == 5
 
 
 VOC = "<annotation>{}<object><name>a</name>{}<bndbox>{}</bndbox></object></annotation>"
@@ -489,3 +486,50 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkey
     monkeypatch.setattr("io.open", refuse)
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         open_dataset(tmp_path)
+
+
+def test_the_commands_go_on_without_missing_pictures_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = coco(tmp_path / "set", content())
+    (root / "train2017" / "b.jpg").unlink()
+    for words in (["check", str(root)], ["convert", str(root), str(tmp_path / "out"), "--to", "yolo"]):
+        assert main(["data", *words]) == 3
+        assert "data.missing_image: 1 of 2 pictures are listed but absent" in capsys.readouterr().err
+        assert main(["data", *words, "--skip-missing"]) == 0
+        assert "train: 1 pictures" in capsys.readouterr().out
+
+
+def test_a_yaml_without_splits_is_told_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path / "data.yaml", "names: [hen]\n").parent
+    for words in (["check"], ["check", "--json"], ["convert", str(tmp_path / "out"), "--to", "coco"]):
+        assert main(["data", words[0], str(root), *words[1:]]) == 3
+        said = capsys.readouterr()
+        assert "names no split" in said.err + said.out
+        assert "data.yaml needs train: and val:" in said.err + said.out
+
+
+@pytest.mark.parametrize("word", ["training", "Train", "train"])
+def test_a_split_may_be_spelled_in_any_way_in_every_layout(word: str, tmp_path: Path) -> None:
+    roots = [voc_of(tmp_path / "voc", VOC.format("", "", CORNERS))]
+    (roots[0] / "ImageSets" / "Main" / "train.txt").rename(roots[0] / "ImageSets" / "Main" / f"{word}.txt")
+    for layout in ("coco", "yolo", "csv"):
+        roots.append(tmp_path / layout)
+        for name in ("a.jpg", "b.jpg"):
+            picture(roots[-1] / "images" / word / name)
+    write(roots[1] / "annotations" / f"instances_{word}.json", content())
+    write(roots[2] / "data.yaml", f"{word}: images/{word}\nnames: [hen]\n")
+    write(roots[3] / f"{word}.csv", "image,xmin,ymin,xmax,ymax,label\na.jpg,1,2,30,40,hen\n")
+    for root in roots:
+        assert list_splits(root) == ("train",)
+        for asked in ("train", word):
+            data = open_dataset(root, asked)
+            assert data.split == "train"
+            assert Path(data.files[0]).is_file()
+
+
+def test_the_plain_word_goes_before_its_synonyms(tmp_path: Path) -> None:
+    for name in ("val", "valid"):
+        picture(tmp_path / name / f"{name}.jpg")
+    write(tmp_path / "data.yaml", "val: val\nvalid: valid\nnames: [hen]\n")
+    assert [Path(file).stem for file in open_dataset(tmp_path, "valid").files] == ["val"]

@@ -126,6 +126,15 @@ def test_a_broken_picture_is_replaced_and_counted(
     assert dataset.files[2] not in {name for batch in batches for name in batch.names}
 
 
+def test_a_broken_picture_is_named_whole_whatever_its_name_holds(dataset: Dataset) -> None:
+    odd = str(Path(dataset.files[2]).with_name("odd: name.jpg"))
+    Path(odd).write_bytes(b"no picture")
+    loader = training(replace(dataset, files=(*dataset.files[:2], odd, *dataset.files[3:])))
+    for _ in loader.epoch(0):
+        pass
+    assert list(loader.broken) == [odd]
+
+
 def test_a_set_of_nothing_but_broken_pictures_is_an_error(dataset: Dataset) -> None:
     for file in dataset.files:
         Path(file).write_bytes(b"no picture")
@@ -163,10 +172,18 @@ def test_evaluation_leaves_a_broken_picture_out(dataset: Dataset) -> None:
 
 
 def test_settings_that_cannot_be_are_named(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match="rank 2 of 2"):
-        training(dataset, rank=2, world=2)
-    with pytest.raises(ConfigError, match="workers"):
-        training(dataset, workers=-1)
+    for name, changes in {
+        "rank: wanted 0 to 1 of 2 processes; got 2": {"rank": 2, "world": 2},
+        "workers: wanted 0 or more": {"workers": -1},
+        "batch: wanted 1 or more; got 0": {"batch": 0},
+        "size: wanted 1 or more; got 64 and 0": {"size": (64, 0)},
+        "seed: wanted 0 or more": {"seed": -1},
+    }.items():
+        with pytest.raises(ConfigError, match=name) as caught:
+            training(dataset, **changes)
+        assert caught.value.code == "use.range"
+    with pytest.raises(ConfigError, match="batch: wanted 1 or more; got 0"):
+        EvaluationLoader(dataset, (64, 64), batch=0)
 
 
 def test_the_order_is_a_permutation_that_changes(dataset: Dataset) -> None:

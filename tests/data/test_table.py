@@ -33,6 +33,14 @@ def test_rows_become_boxes_and_a_bare_name_is_a_background(tmp_path: Path) -> No
     assert len(open_dataset(tmp_path / "valid.csv")) == 1
 
 
+def test_an_empty_table_beside_another_is_not_dropped(tmp_path: Path) -> None:
+    table(tmp_path, f"{HEADER}a.jpg,10,20,40,60,dog\n")
+    write(tmp_path / "val.csv", "")
+    for read in (list_splits, open_dataset):
+        with pytest.raises(DataError, match=r"val\.csv: is empty\n  A split without boxes has a header: image,xmin"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text",
     [

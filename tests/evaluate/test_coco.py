@@ -62,7 +62,12 @@ def test_the_reference_case_of_coco_to_the_printed_digits(real_data: Path) -> No
         area=[[a["area"] for a in rows] for rows in of],
     )
     evaluator = Evaluator(dataset)
-    evaluator.add_results([r for r in results if r["image_id"] in row])
+    for identity, index in row.items():
+        mine = [result for result in results if result["image_id"] == identity]
+        boxes = np.array([result["bbox"] for result in mine]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [categories.index(result["category_id"]) for result in mine]
+        evaluator.add(index, boxes, [result["score"] for result in mine], np.array(labels, dtype=int))
     printed = " ".join(f"{value:.3f}"[1:] for value in evaluator.result().metrics().values())
     assert printed == ".505 .697 .573 .586 .519 .501 .387 .594 .595 .640 .566 .564"
 
@@ -154,28 +159,13 @@ def test_max_detections_limits_recall() -> None:
     assert filled(dataset, answers, max_detections=500).result().max_detections == 500
 
 
-def test_results_are_written_in_original_ids_and_can_be_read_back() -> None:
+def test_results_are_written_in_original_ids() -> None:
     dataset, answers = random_case(8)
     evaluator = filled(dataset, answers)
     rows = json.loads(json.dumps(evaluator.coco_results(decimals=None)))
     assert {row["image_id"] for row in rows} <= set(dataset.ids.tolist())
     assert {row["category_id"] for row in rows} <= set(dataset.categories.ids)
-    again = Evaluator(dataset)
-    again.add_results(rows)
-    assert again.result().metrics() == pytest.approx(evaluator.result().metrics(), abs=1e-12)
-
-
-def test_strange_ids_and_rows_in_results_are_named() -> None:
-    evaluator = Evaluator(one_cat(ids=[7], category_ids=[3, 9]))
-    row = {"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}
-    evaluator.add_results([row])
-    assert evaluator.coco_results() == [{**row, "bbox": [1, 2, 3, 4]}]
-    with pytest.raises(DataError, match="picture id 8"):
-        evaluator.add_results([{**row, "image_id": 8}])
-    with pytest.raises(DataError, match="category id 4"):
-        evaluator.add_results([{**row, "category_id": 4}])
-    with pytest.raises(DataError, match="'score'"):
-        evaluator.add_results([{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4]}])
+    assert len(rows) == evaluator.result().detections
 
 
 def test_answers_that_cannot_be_are_refused() -> None:

@@ -14,7 +14,7 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.coco import Evaluator, Judged
 from finedetr.evaluate.diagnosis import Goal, diagnose
 from finedetr.evaluate.evaluation import Evaluation
-from finedetr.evaluate.findings import Confusion, Diagnosis
+from finedetr.evaluate.findings import ClassThreshold, Confusion, Diagnosis
 from finedetr.evaluate.html import report_page
 from finedetr.evaluate.pictures import worst_sheet
 from finedetr.model.detector import Detector
@@ -57,6 +57,25 @@ def test_the_matrix_is_at_the_thresholds_and_in_the_order_of_the_classes(evaluat
     assert [(c.truth, c.answer, c.count) for c in loose.confused()[:2]] == [(2, 0, 2), (0, 2, 1)]
 
 
+def test_answers_are_matched_once_for_all_questions_until_more_come(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = evaluator.to_bytes()
+    tables = []
+    prepared = Evaluator._prepared
+    monkeypatch.setattr(
+        Evaluator, "_prepared", lambda self, table, **more: tables.append(table) or prepared(self, table, **more)
+    )
+    other = Evaluator(evaluator.dataset)
+    other.merge(fresh)
+    diagnosis, numbers = diagnose(other), other.result()
+    assert len(tables) == 2, "all answers, and those that are told"
+    assert (diagnose(evaluator), evaluator.result()) == (diagnosis, numbers)
+    other.add(2, [[0, 0, 30, 30]], [0.99], [0])
+    assert other.result().ap > numbers.ap
+    assert diagnose(other).worst != diagnosis.worst
+
+
 def test_the_worst_pictures_come_first(evaluator: Evaluator) -> None:
     worst = diagnose(evaluator).worst
     assert [(w.id, w.found, w.missed, w.wrong) for w in worst] == [(30, 1, 1, 0), (10, 0, 1, 0)]
@@ -97,13 +116,20 @@ def test_thresholds_are_the_best_of_all(seed: int) -> None:
 def test_nothing_found_and_a_class_without_boxes() -> None:
     data = make_dataset([(50, 50)], [[[1, 1, 20, 20]]], [[0]])
     diagnosis = diagnose(Evaluator(data))
-    assert [entry.threshold for entry in diagnosis.thresholds] == [0.5, 0.4]
+    assert [entry.threshold for entry in diagnosis.thresholds] == [0.4, 0.4]
     assert diagnosis.thresholds[1].f1 == -1
     assert diagnosis.matrix().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert {error.kind: error.count for error in diagnosis.errors}["missed"] == 1
     for costs in ((-1.0, 1.0), (0.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(UsageError, match="costs are positive"):
             diagnose(Evaluator(data), "cost", costs)
+
+
+def test_a_class_that_is_never_hit_keeps_the_usual_threshold_but_costs_least_where_it_is_silent() -> None:
+    evaluator = Evaluator(make_dataset([(50, 50)], [[[1, 1, 20, 20]]], [[0]]))
+    evaluator.add(0, [[30, 30, 45, 45], [31, 30, 45, 45]], [0.6, 0.02], [0, 0])
+    assert diagnose(evaluator).thresholds[0] == ClassThreshold("cat", 0.4, 0, 0, 0)
+    assert diagnose(evaluator, "cost").thresholds[0].threshold == pytest.approx(0.8)
 
 
 def test_a_diagnosis_travels_with_its_evaluation(evaluator: Evaluator) -> None:

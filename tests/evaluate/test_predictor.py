@@ -18,6 +18,7 @@ from PIL import Image
 from finedetr.data.dataset import Dataset
 from finedetr.detections import Detections
 from finedetr.errors import DataError, RunError, UsageError
+from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.model.weights import Card
 from finedetr.model.zoo import variant
@@ -43,7 +44,7 @@ def test_a_detector_that_answers_the_truth_scores_one(dataset: Dataset, batch: i
     oracle = Oracle(dataset).train()
     steps: list[tuple[int, int]] = []
     result, evaluator = evaluate_detector(
-        oracle, dataset, (64, 96), batch, workers, progress=lambda *done: steps.append(done)
+        oracle, dataset, (64, 96), Inference(), batch=batch, workers=workers, progress=lambda *done: steps.append(done)
     )
     assert result.ap == pytest.approx(1)
     assert result.ar100 == pytest.approx(1)
@@ -60,13 +61,13 @@ def test_a_detector_that_answers_the_truth_scores_one(dataset: Dataset, batch: i
 
 def test_half_precision_runs_the_detector_in_it_and_the_boxes_outside(dataset: Dataset) -> None:
     oracle = Oracle(dataset)
-    result, _ = evaluate_detector(oracle, dataset, (32, 32), workers=0, precision="bf16")
+    result, _ = evaluate_detector(oracle, dataset, (32, 32), Inference(precision="bf16"), workers=0)
     assert oracle.seen[0][0] is torch.bfloat16
     assert result.ap == pytest.approx(1)
-    evaluate_detector(oracle, dataset, (32, 32), workers=0, precision="auto")
+    evaluate_detector(oracle, dataset, (32, 32), Inference(precision="auto"), workers=0)
     assert oracle.seen[-1][0] is torch.float32  # the CPU has no native bf16
     with pytest.raises(UsageError, match="auto, fp32"):
-        evaluate_detector(oracle, dataset, (32, 32), workers=0, precision="int3")  # type: ignore[arg-type]
+        evaluate_detector(oracle, dataset, (32, 32), Inference(precision="int3"), workers=0)  # type: ignore[arg-type]
 
 
 def test_mean_and_std_reach_the_detector(dataset: Dataset) -> None:
@@ -78,14 +79,14 @@ def test_mean_and_std_reach_the_detector(dataset: Dataset) -> None:
             return super().forward(torch.zeros_like(images))
 
     mean, std = (0.4, 0.4, 0.4), (0.2, 0.2, 0.1)
-    evaluate_detector(Spy(dataset), dataset, (32, 32), batch=5, workers=0, mean=mean, std=std)
+    evaluate_detector(Spy(dataset), dataset, (32, 32), Inference(mean=mean, std=std), batch=5, workers=0)
     expected = (torch.tensor([10 / 255, 7 / 255, 9 / 255]) - 0.4) / torch.tensor([0.2, 0.2, 0.1])
     torch.testing.assert_close(seen[0][1, :, 0, 0], expected)
 
 
 def test_a_detector_can_be_trained_after_it_was_measured(dataset: Dataset) -> None:
     detector = tiny(queries=20).train()
-    evaluate_detector(detector, dataset, (64, 64), batch=2, workers=0, names=("cat", "dog", "x", "y", "z"))
+    evaluate_detector(detector, dataset, (64, 64), Inference(), batch=2, workers=0, names=("cat", "dog", "x", "y", "z"))
     output = detector(torch.rand(2, 3, 64, 64))
     (output.matching.logits.sum() + output.matching.boxes.sum()).backward()
     assert any(p.grad is not None for p in detector.parameters())
@@ -101,14 +102,18 @@ def test_classes_are_matched_by_name(dataset: Dataset, caplog: pytest.LogCapture
             return type(super().forward(images))(type(matching)(logits, matching.boxes, matching.stages))
 
     with caplog.at_level(logging.WARNING):
-        result, _ = evaluate_detector(Swapped(dataset), dataset, (32, 32), workers=0, names=("dog", "cat", "ufo"))
+        result, _ = evaluate_detector(
+            Swapped(dataset), dataset, (32, 32), Inference(), workers=0, names=("dog", "cat", "ufo")
+        )
     assert result.ap == pytest.approx(1)
     assert "not in the data set: ufo" in caplog.text
-    result, _ = evaluate_detector(Swapped(dataset), dataset, (32, 32), workers=0, names=("Dog", "CAT", "ufo"))
+    result, _ = evaluate_detector(
+        Swapped(dataset), dataset, (32, 32), Inference(), workers=0, names=("Dog", "CAT", "ufo")
+    )
     assert result.ap == pytest.approx(1)
     assert "under another name: Dog as dog, CAT as cat" in caplog.text
     with pytest.raises(DataError, match="no name is the same"):
-        evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0, names=("hen", "fox"))
+        evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0, names=("hen", "fox"))
 
 
 def test_weights_that_answer_nan_are_named_and_not_measured(dataset: Dataset) -> None:
@@ -116,14 +121,14 @@ def test_weights_that_answer_nan_are_named_and_not_measured(dataset: Dataset) ->
     with torch.no_grad():
         oracle.boxes[3] = float("nan")
     with pytest.raises(RunError, match=r"3\.png.*NaN"):
-        evaluate_detector(oracle, dataset, (32, 32), workers=0)
+        evaluate_detector(oracle, dataset, (32, 32), Inference(), workers=0)
     with pytest.raises(RunError, match="NaN"):
         Predictor(oracle, predictor_for(dataset).card)(dataset.files[3])
 
 
 def test_pictures_that_cannot_be_read_count_as_missed(dataset: Dataset) -> None:
     Path(dataset.files[1]).write_bytes(b"broken")
-    result, _ = evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0)
+    result, _ = evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
     assert result.unanswered == 1
     assert result.ap < 1
 
@@ -133,6 +138,7 @@ import json, sys, torch
 from pathlib import Path
 from torch import distributed
 from finedetr.errors import FineDETRError
+from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import evaluate_detector
 from tests.evaluate.cases import Oracle, solid_pictures
 torch.set_num_threads(1)
@@ -140,12 +146,12 @@ folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 dataset = solid_pictures(folder / str(rank)).subset(range(5))
 oracle = Oracle(dataset)
-result, evaluator = evaluate_detector(oracle, dataset, (32, 32), 2, 0, rank=rank, world=2)
+result, evaluator = evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
 said = {"ap": result.ap, "unanswered": result.unanswered, "rows": len(evaluator.coco_results())}
 if rank == 1:
     oracle.logits.data[3] = float("nan")
 try:
-    evaluate_detector(oracle, dataset, (32, 32), 2, 0, rank=rank, world=2)
+    evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
 except FineDETRError as error:
     said["error"] = str(error)
 print(json.dumps(said))
@@ -157,7 +163,8 @@ def test_two_processes_give_the_same_numbers_and_fail_together(tmp_path: Path) -
     for rank in "01":
         (tmp_path / rank).mkdir()
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    places = os.pathsep.join((str(root), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": places, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(tmp_path), rank],
@@ -183,7 +190,7 @@ def test_two_processes_give_the_same_numbers_and_fail_together(tmp_path: Path) -
 
 def test_many_processes_without_a_group_are_refused(dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="torchrun"):
-        evaluate_detector(Oracle(dataset), dataset, (32, 32), workers=0, rank=0, world=2)
+        evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0, rank=0, world=2)
 
 
 # ---- prediction ----------------------------------------------------------------------------------------------------
@@ -284,6 +291,22 @@ def test_a_broken_file_in_a_folder_is_passed_over_and_told(
             predictor(named)
 
 
+def test_videos_of_a_folder_are_passed_over_and_told(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.mp4", "deep/b.avi"):
+        (tmp_path / name).write_bytes(b"")
+    predictor = predictor_for(dataset)
+    for source, count in ((tmp_path, 2), (str(tmp_path / "*"), 1), ([tmp_path, tmp_path], 4)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(predictor(source)) in (5, 10)
+        assert f"{count} videos are passed over: name them one by one" in caplog.text
+    with pytest.raises(DataError, match=r"holds no picture \(1 other files\)\n  Name videos one by one"):
+        predictor(tmp_path / "deep")
+
+
 def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: Path) -> None:
     predictor = predictor_for(dataset)
     empty = tmp_path / "empty"
@@ -308,5 +331,3 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
         predictor(dataset.files[0], threshold=40)
     with pytest.raises(UsageError, match="batch"):
         predictor(dataset.files[0], batch=0)
-    with pytest.raises(TypeError, match="treshold"):
-        predictor.predict(dataset.files[0], treshold=0.1)

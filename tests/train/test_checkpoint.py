@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from finedetr.errors import ModelError, RunError
-from finedetr.train.checkpoint import load_state, save_state, write_atomically
+from finedetr.files import write_atomically
+from finedetr.train.checkpoint import load_state, save_state
 
 
 def test_everything_that_a_run_keeps_comes_back_equal(tmp_path: Path) -> None:

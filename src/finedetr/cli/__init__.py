@@ -21,7 +21,7 @@ VERBS: dict[str, str] = {
     "predict": "detect in pictures, folders, addresses, videos",
     "demo": "the whole main job on pictures that it draws itself",
     "data": "data check PATH: what is wrong with a data set; data convert: another layout",
-    "models": "the table of models",
+    "models": "models list, show NAME; pull, push, convert weights",
     "info": "what a weight file or a run holds",
     "env": "versions, devices and variables, to paste into a report",
 }
@@ -79,6 +79,7 @@ def _fail(verb: str, error: FineDETRError, as_json: bool) -> int:
         traceback.print_exception(error)
     if as_json:
         document = {"code": error.code, "exit": error.exit, "message": error.message, "hint": error.hint}
+        document |= {"report": error.details} if error.details else {}
         _print_json({"finedetr": __version__, "command": verb, "ok": False, "error": document})
     else:
         print(f"{error.code}: {error}", file=sys.stderr)

@@ -13,11 +13,12 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.data.convert import convert, deal
-from finedetr.data.dataset import listed
+from finedetr.data.dataset import Dataset, listed
 from finedetr.data.doctor import check
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.data.hugging_face import is_hugging_face, unpack
 from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.evaluate.evaluation import plain
 
 ACTIONS = ("check", "convert")
 
@@ -36,6 +37,8 @@ class Check:
     """How many objects the model can answer in a picture."""
     strict: bool = False
     """Pictures that stand in two splits are an error."""
+    skip_missing: bool = False
+    """Go on without pictures that are listed but absent, however many they are."""
     deep: bool = False
     """Read and decode every file, to find broken pictures and those with the same bytes."""
     json: bool = False
@@ -54,6 +57,8 @@ class Convert:
     """The layout."""
     layout: str | None = None
     """coco, yolo, voc or csv, where the source could be read as several."""
+    skip_missing: bool = False
+    """Go on without pictures that are listed but absent, however many they are."""
     link: bool = False
     """Link the pictures instead of copying them."""
     split: str | None = None
@@ -86,14 +91,11 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
 def _check(flags: Check) -> dict[str, Any] | None:
     if min(flags.size) < 1 or flags.queries < 1:
         raise UsageError(f"size and queries are at least 1; got {flags.size} and {flags.queries}", code="range")
-    splits = [open_dataset(flags.path, split, layout=flags.layout) for split in list_splits(flags.path, flags.layout)]
+    splits = _open(flags.path, flags)
     report = check(*splits, size=flags.size, queries=flags.queries, strict=flags.strict, bytes_too=flags.deep)
     if not flags.json:
-        output(splits[0].evidence)
-        names = splits[0].categories
-        table = ", ".join(
-            f"{i} -> {n} {_plain(name)}" for n, (i, name) in enumerate(zip(names.ids, names.names, strict=True))
-        )
+        output(report.evidence)
+        table = ", ".join(f"{row.id} -> {row.index} {plain(row.name)}" for row in report.classes)
         output(f"classes (id -> index name): {table}")
         for fact in report.facts:
             output(
@@ -105,13 +107,16 @@ def _check(flags: Check) -> dict[str, Any] | None:
     if report.errors:
         worst = report.errors[0]
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
-        raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."))
+        raise DataError(f"{worst.message}{more}", code=worst.code.removeprefix("data."), details=report.to_json())
     return {"result": report.to_json(), "warnings": []} if flags.json else None
 
 
-def _plain(name: str) -> str:
-    """A name that cannot steer a terminal."""
-    return "".join(character if character.isprintable() else " " for character in name)
+def _open(path: Path, flags: Check | Convert) -> list[Dataset]:
+    """All splits."""
+    return [
+        open_dataset(path, split, layout=flags.layout, skip_missing=flags.skip_missing)
+        for split in list_splits(path, flags.layout)
+    ]
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:
@@ -124,12 +129,11 @@ def _convert(flags: Convert) -> dict[str, Any] | None:
 
 
 def _rewrite(source: Path, flags: Convert) -> dict[str, Any] | None:
-    names = list_splits(source, flags.layout)
-    splits = [open_dataset(source, split, layout=flags.layout) for split in names]
+    splits = _open(source, flags)
     if flags.split is not None:
         if len(splits) > 1:
             raise UsageError(
-                f"--split deals the pictures of one split; {source} has {listed(names)}",
+                f"--split deals the pictures of one split; {source} has {listed([data.split for data in splits])}",
                 code="conflict",
                 hint="Leave --split out, or give the file of one split.",
             )

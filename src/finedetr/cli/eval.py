@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from finedetr.cli.flags import output, parse, spell
+from finedetr.data.dataset import listed
 from finedetr.data.formats import open_dataset
 from finedetr.detections import THRESHOLD
 from finedetr.errors import UsageError
-from finedetr.evaluate.diagnosis import diagnose
+from finedetr.evaluate.diagnosis import COSTS, check_costs, diagnose
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
+from finedetr.files import write_text
 from finedetr.model.detector import Detector
 from finedetr.model.weights import Card, load_weights, save_weights
-from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 
@@ -44,6 +46,8 @@ class Eval:
     """Its split."""
     layout: str | None = None
     """coco, yolo, voc or csv, where the data set could be read as several."""
+    skip_missing: bool = False
+    """Go on without pictures that are listed but absent, however many they are."""
     batch: int = 8
     """Pictures at a time."""
     size: tuple[int, int] | None = None
@@ -61,15 +65,15 @@ class Eval:
     workers: int = 2
     """Processes that read pictures."""
     out: Path | None = None
-    """Folder of the two files. Unset: the run, or where the weights are."""
+    """Folder of what is written. Unset: the run, or where the weights are."""
     per_class: bool = True
     """Show a line for each class."""
     errors: bool = False
     """Say what goes wrong, too: TIDE's six kinds of error, confused classes, thresholds, the worst pictures."""
     thresholds: Literal["f1", "cost"] | None = None
     """Keep in the weights the score of each class with the best F1 or the least cost on this split, for predict."""
-    costs: tuple[float, float] = (1.0, 1.0)
-    """For --thresholds cost: of a box that is wrong, and of an object that is missed."""
+    costs: tuple[float, float] | None = None
+    """For --thresholds cost: of a box that is wrong, and of an object that is missed. Unset: 1 and 1."""
     json: bool = False
     """Print one JSON document instead of tables."""
 
@@ -79,42 +83,36 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     words = spell(words)
     flags = parse(Eval, ["--no-per-class" if w == "--per-class=False" else w for w in words], "finedetr eval")
     file = find_weights(flags.weights)
-    if flags.thresholds and file.suffix != ".safetensors":
-        raise UsageError(
-            f"{file} is not in finedetr's own format and cannot keep thresholds",
-            code="conflict",
-            hint="Write it in ours first: finedetr models convert",
-        )
+    if flags.thresholds:
+        _check_keeping(flags, file)
+    costs = _costs(flags)
     data = flags.data or _data_of(flags.weights)
+    where = flags.weights if flags.weights.is_dir() else flags.weights.parent
+    folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
+    folder.mkdir(parents=True, exist_ok=True)  # here: a folder that cannot be is told before the work
     device = choose_device(flags.device)
     detector, card = load_weights(file, device, queries=flags.queries)
-    dataset = open_dataset(data, flags.split, layout=flags.layout)
+    dataset = open_dataset(data, flags.split, layout=flags.layout, skip_missing=flags.skip_missing)
     for note in dataset.notes:
         print(note, file=sys.stderr)
     evaluation, evaluator = evaluate_detector(
         detector,
         dataset,
         flags.size or card.size,
-        flags.batch,
-        flags.workers,
-        device,
-        mean=card.mean,
-        std=card.std,
-        precision=flags.precision,
-        top=flags.top,
-        max_detections=flags.max_detections,
+        Inference(device, flags.precision, card.mean, card.std, flags.top),
+        batch=flags.batch,
+        workers=flags.workers,
         names=card.names,
+        max_detections=flags.max_detections,
         progress=_progress,
     )
     if flags.errors or flags.thresholds:
-        evaluation = replace(evaluation, diagnosis=diagnose(evaluator, flags.thresholds or "f1", flags.costs))
+        evaluation = replace(evaluation, diagnosis=diagnose(evaluator, flags.thresholds or "f1", costs))
     if flags.thresholds:
         _keep_thresholds(file, detector, card, evaluation)
-    where = flags.weights if flags.weights.is_dir() else flags.weights.parent
-    folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     document = {**evaluation.to_dict(), "weights": str(file), "data": str(data), "split": flags.split}
-    numbers = _write(folder / f"evaluation_{flags.split}.json", document)
-    results = _write(folder / f"predictions_{flags.split}.json", evaluator.coco_results())
+    numbers = write_text(folder / f"evaluation_{flags.split}.json", json.dumps(document, ensure_ascii=False))
+    results = write_text(folder / f"predictions_{flags.split}.json", json.dumps(evaluator.coco_results()))
     files = [str(numbers), str(results)]
     sheet = worst_sheet(evaluation, evaluator) if flags.errors else None
     if sheet is not None:
@@ -124,6 +122,45 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
     print("\n".join(files), file=sys.stderr)
     return None
+
+
+def _costs(flags: Eval) -> tuple[float, float]:
+    """What --thresholds cost weighs."""
+    if flags.costs is not None and flags.thresholds != "cost":
+        raise UsageError(
+            "--costs mean nothing without --thresholds cost", code="conflict", hint="Add --thresholds cost."
+        )
+    costs = flags.costs or COSTS
+    check_costs(costs)
+    return costs
+
+
+def _check_keeping(flags: Eval, file: Path) -> None:
+    """Thresholds go into a file of one's own, and belong to its weights as they are."""
+    if not flags.weights.exists():
+        raise UsageError(
+            f"{file} is in the Hub's cache, which others share: thresholds cannot be kept there",
+            code="conflict",
+            hint=f"Copy it first: finedetr models convert {file} mine.safetensors",
+        )
+    if file.suffix != ".safetensors":
+        raise UsageError(
+            f"{file} is not in finedetr's own format and cannot keep thresholds",
+            code="conflict",
+            hint="Write it in ours first: finedetr models convert",
+        )
+    usual = Eval(flags.weights)
+    other = [
+        f"--{name.replace('_', '-')}"
+        for name in ("size", "queries", "top", "max_detections")
+        if getattr(flags, name) != getattr(usual, name)
+    ]
+    if other:
+        raise UsageError(
+            f"--thresholds are kept for the weights as they are; {listed(other)} would measure something else",
+            code="conflict",
+            hint=f"Leave {listed(other)} out, or --thresholds.",
+        )
 
 
 def _keep_thresholds(file: Path, detector: Detector, card: Card, evaluation: Evaluation) -> None:
@@ -140,11 +177,6 @@ def _data_of(weights: Path) -> Path:
         folder = RunFolder.existing(weights)
         return Path(folder.read_json(folder.config)["data"]["path"])
     raise UsageError("eval needs --data", code="required", hint=f"Such as: finedetr eval {weights} --data pictures/")
-
-
-def _write(path: Path, document: object) -> Path:
-    text = json.dumps(document, ensure_ascii=False)
-    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _progress(done: int, total: int) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from finedetr.cli.flags import output, parse, spell
+from finedetr.errors import ModelError
 from finedetr.model.weights import read_card
 from finedetr.train.dump import Dump
 from finedetr.train.folder import RunFolder, find_weights
@@ -36,10 +37,10 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         return _bad_batch(flags)
     file = find_weights(flags.target)
     card = asdict(read_card(file))
-    state = RunFolder(flags.target).status
+    folder = RunFolder(flags.target)
     document: dict[str, Any] = {"file": str(file), **json.loads(json.dumps(card))}
-    if state.is_file():
-        document["status"] = json.loads(state.read_text(encoding="utf-8"))
+    if folder.status.is_file():
+        document["status"] = _status(folder)
     if flags.json:
         return {"result": document, "warnings": []}
     classes = ", ".join(f"{i} {name}" for i, name in zip(card["category_ids"], card["names"], strict=True))
@@ -62,6 +63,18 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         status = document["status"]
         output(f"run      {status['state']}, epoch {status['epoch']} of {status['epochs']}")
     return None
+
+
+def _status(folder: RunFolder) -> dict[str, Any]:
+    """What a run said of itself last."""
+    status = folder.read_json(folder.status)
+    if not isinstance(status, dict) or not {"state", "epoch", "epochs"} <= set(status):
+        raise ModelError(
+            f"{folder.status}: wanted an object with state, epoch and epochs; got {status!r:.80}",
+            code="schema",
+            hint="Remove the file: the weights can be read without it.",
+        )
+    return status
 
 
 def _bad_batch(flags: Info) -> dict[str, Any] | None:

@@ -147,21 +147,21 @@ def _ap(name: str, weights: str) -> float | None:
 def _table(rows: list[dict[str, Any]]) -> str:
     """At most 100 columns: for a terminal."""
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'model':{width}} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6}  {'weights':11} from"]
+    lines = [f"{'model':{width}} {'params':>8} {'GFLOPs':>7} {'AP':>5} {'T4 ms':>6} {'weights':11} from"]
     for row in rows:
         gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         kinds = [weights["name"].removeprefix(f"{row['name']}-") for weights in row["weights"]]
         place = f"Hub: {', '.join(kinds)}" if kinds else "-" if row["weights_license"] == "none" else "authors' .pth"
         lines.append(
             f"{row['name']:{width}} {row['parameters'] / 1e6:6.1f} M {gflops:>7} {row['published_ap'] or '-':>5} "
-            f"{_number(row['t4_ms']):>6}  {row['weights_license']:11} {place}"
+            f"{_number(row['t4_ms']):>6} {row['weights_license']:11} {place}"
         )
     return "\n".join(
         [
             *lines,
             "",
-            "AP: COCO val2017, trained on COCO, and T4 latency (TensorRT, FP16, batch 1): as their authors report.",
-            "weights: their license; the code is all Apache-2.0. Load by name: finedetr predict dfine-s-coco a.jpg",
+            "AP: COCO val2017, trained on COCO; T4 latency (TensorRT, FP16, batch 1): as the authors report.",
+            "weights: their license; the code is all Apache-2.0. By name: finedetr predict dfine-s-coco a.jpg",
             "More of a model: finedetr models show dfine-s",
         ]
     )

@@ -13,13 +13,15 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.detections import Detections
-from finedetr.errors import UsageError
+from finedetr.errors import DataError, UsageError
+from finedetr.evaluate.address import is_address
 from finedetr.evaluate.pictures import save_picture
 from finedetr.evaluate.predictor import Predictor
 from finedetr.evaluate.results import as_files
+from finedetr.evaluate.sources import Pictures, find_pictures
 from finedetr.evaluate.video import Video, VideoWriter, is_video
+from finedetr.files import fresh_stem, write_text
 from finedetr.model.weights import load_weights
-from finedetr.train.checkpoint import write_atomically
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import find_weights
 
@@ -47,7 +49,7 @@ class Predict:
     queries: int | None = None
     """Another number of queries. Unset: that of the weights."""
     top: int | None = None
-    """Detections kept of each picture. Unset: 300, or one for each query where there are more."""
+    """Detections kept of each picture. Unset: 300 (--tile: of each), or one for each query where there are more."""
     batch: int = 8
     """Pictures at a time."""
     device: str = "auto"
@@ -58,6 +60,8 @@ class Predict:
     """Threads that read pictures."""
     draw: bool = True
     """Write annotated pictures (of a video, an MP4)."""
+    overwrite: bool = False
+    """Replace the label files of --format yolo that are in --out already."""
     json: bool = False
     """Print one JSON document instead of lines."""
 
@@ -65,9 +69,13 @@ class Predict:
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     flags = parse(Predict, spell(words, own=("format",)), "finedetr predict")
-    _check_sources(flags)
+    _check(flags)
+    weights = find_weights(flags.weights)
+    sources = [find_pictures(source) for source in flags.source]
+    if flags.draw:
+        _check_pictures(sources, flags.out)
     device = choose_device(flags.device)
-    detector, card = load_weights(find_weights(flags.weights), device, queries=flags.queries)
+    detector, card = load_weights(weights, device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
     predictor = Predictor(
         detector, card, device, flags.batch, precision=flags.precision, workers=flags.workers, top=flags.top
@@ -84,13 +92,18 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
             documents.append(document)
             if not flags.json:
                 output(json.dumps(document, ensure_ascii=False))
+    if predictor.broken and not answers:
+        first = next(iter(predictor.broken.values()))
+        raise DataError(f"none of {len(predictor.broken)} pictures can be read, first: {first}", code="corrupt_image")
     text = "".join(f"{json.dumps(document, ensure_ascii=False)}\n" for document in documents)
     files = {Path("predictions.jsonl"): text}
     if flags.format != "json":
-        files |= as_files(flags.format, answers, annotated.stems, card.category_ids)
-    written = [_write(flags.out / path, content) for path, content in files.items()]
+        files |= as_files(flags.format, answers, annotated.stems, card.names, card.category_ids)
+    written = [write_text(flags.out / path, content) for path, content in files.items()]
     if flags.json:
-        passed = [f"{file}: passed over" for file in predictor.broken]
+        passed = [f"{message}; it is passed over" for message in predictor.broken.values()]
+        videos = sum(found.videos for found in sources)
+        passed += [f"{videos} videos are passed over: name them one by one"] if videos else []
         return {"result": {"pictures": documents, "out": str(flags.out)}, "warnings": passed}
     boxes = sum(map(len, answers))
     print(f"{boxes} detections in {len(documents)} pictures: {written[0]}", file=sys.stderr)
@@ -103,8 +116,12 @@ def _found(predictor: Predictor, flags: Predict) -> Iterator[Detections]:
         yield from predictor.stream(source, flags.threshold, flags.batch, nms=flags.nms, tile=flags.tile)
 
 
-def _check_sources(flags: Predict) -> None:
-    """Annotated pictures bear the names of their sources and must not replace them; frames are no files with labels."""
+def _check(flags: Predict) -> None:
+    """There is a source; frames are no files with labels; labels that somebody may have corrected are not replaced."""
+    if not flags.source:
+        raise UsageError(
+            "predict needs a source", code="required", hint=f"Such as: finedetr predict {flags.weights} pictures/"
+        )
     for source in flags.source:
         if flags.format != "json" and is_video(source):
             raise UsageError(
@@ -112,14 +129,26 @@ def _check_sources(flags: Predict) -> None:
                 code="conflict",
                 hint="Use --format json.",
             )
-        path = Path(source)
-        folder = path if path.is_dir() else path.parent
-        if flags.draw and "://" not in source and folder.resolve() == flags.out.resolve():
-            raise UsageError(
-                f"--out {flags.out} is the folder of the pictures: annotated ones would replace them",
-                code="conflict",
-                hint="Give another --out.",
-            )
+    labels = flags.out / "labels"
+    if flags.format == "yolo" and not flags.overwrite and labels.is_dir() and any(labels.iterdir()):
+        raise UsageError(
+            f"{labels} holds labels already", code="exists", hint="Give another --out, or --overwrite to replace them."
+        )
+
+
+def _check_pictures(sources: Sequence[Pictures], out: Path) -> None:
+    """Annotated pictures bear the names of their sources, and must not replace one."""
+    folder = out.resolve()
+    for found in sources:
+        for item in found.items:
+            name = item.path if isinstance(item, Video) else str(item)
+            path = Path(name)
+            if not is_address(name) and folder in (path.parent.resolve(), path.resolve().parent):
+                raise UsageError(
+                    f"--out {out} is the folder of {name}: annotated pictures would replace it",
+                    code="conflict",
+                    hint="Give another --out, or --no-draw.",
+                )
 
 
 def _document(found: Detections) -> dict[str, Any]:
@@ -127,10 +156,6 @@ def _document(found: Detections) -> dict[str, Any]:
     moment = {} if found.frame is None else {"frame": found.frame, "seconds": round(found.seconds or 0.0, 3)}
     width, height = found.size
     return {"path": found.path, **moment, "width": width, "height": height, "detections": found.to_records()}
-
-
-def _write(path: Path, text: str) -> Path:
-    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 class _Annotated:
@@ -143,7 +168,7 @@ class _Annotated:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.stems: list[str] = []
-        self.given: dict[str, int] = {}
+        self.taken: set[str] = set()
         self.video: VideoWriter | None = None
 
     def __enter__(self) -> _Annotated:
@@ -157,9 +182,7 @@ class _Annotated:
         """A stem that nobody has yet; the frames of a video share one."""
         if not found.frame:
             path = found.path.partition("?")[0] if found.path and "://" in found.path else found.path
-            stem = Path(path).stem if path else "picture"
-            self.given[stem] = self.given.get(stem, 0) + 1
-            self.stems.append(stem if self.given[stem] == 1 else f"{stem}-{self.given[stem]}")
+            self.stems.append(fresh_stem(Path(path).stem if path else "picture", self.taken))
         return self.stems[-1]
 
     def add(self, found: Detections, stem: str) -> Path:

@@ -17,14 +17,14 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from finedetr.data.dataset import Dataset, Note, listed
+from finedetr.data.dataset import COMMON, Dataset, Note, listed, unions
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.files import fresh_stem
 
 __all__ = ["TARGETS", "convert", "deal"]
 
 TARGETS = ("coco", "yolo", "voc", "csv")
-COMMON = ("train", "val", "test")
 DECIMALS = {"coco": 4, "yolo": 8, "voc": 4, "csv": 4}  # of pixels; of shares of the picture in YOLO
 
 
@@ -115,13 +115,12 @@ def choose_splits(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> li
     """The splits that are written: for all but VOC no `trainval` beside train and val; YOLO knows three names."""
     if to == "voc":
         return list(datasets)
-    common = [data for data in datasets if data.split in COMMON]
-    held = {file for data in common for file in data.files}
+    common, again = [data for data in datasets if data.split in COMMON], unions(datasets)
     kept = common.copy()
     for data in datasets:
         if data.split in COMMON:
             continue
-        if held.issuperset(data.files):
+        if data in again:
             message = f"{data.split} is left out: its {len(data)} pictures stand in {listed([d.split for d in common])}"
             notes.append(Note("data.split", "info", message, count=len(data)))
         elif to == "yolo" and not any(d.split == "train" for d in kept):
@@ -160,7 +159,8 @@ def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
             message = f"{len(twice)} names stand for several classes, which become one: {listed(twice)}"
             yield Note("data.class_names", "warn", message, tuple(twice), len(twice))
     if table.ids != new_ids:
-        message = f"category ids {listed([str(i) for i in table.ids])} are lost: {to} numbers classes from 0"
+        why = "numbers classes from 0" if to == "yolo" else "numbers classes in the order of their names"
+        message = f"category ids {listed([str(i) for i in table.ids])} are lost: {to} {why}"
         yield Note("data.class_gap", "info", message, count=len(table))
     outlines = int(np.count_nonzero(np.abs(area - extents.prod(1)) > 1e-3 * np.maximum(area, 1)))
     if outlines:
@@ -214,12 +214,7 @@ def fresh_name(file: Path, taken: set[str], *, labels: bool) -> str:
         with Image.open(file) as opened:
             suffix = f".{(opened.format or 'png').lower()}"
     own = "".join(c if c.isprintable() else "_" for c in file.stem).strip() or "picture"
-    stem, number = own, 1
-    while (key := (stem if labels else stem + suffix).casefold()) in taken:
-        number += 1
-        stem = f"{own}-{number}"
-    taken.add(key)
-    return stem + suffix
+    return fresh_stem(own, taken, "" if labels else suffix) + suffix
 
 
 def place_pictures(data: Dataset, names: Sequence[str], folder: Path, link: bool) -> None:

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from finedetr.data.images import SWAPPED, Header, read_header
 from finedetr.errors import DataError
 
-__all__ = ["Categories", "Dataset", "Draft", "Note", "finish"]
+__all__ = ["COMMON", "Categories", "Dataset", "Draft", "Note", "finish", "split_name", "unions"]
 
 Level = Literal["info", "warn", "error"]
+COMMON = ("train", "val", "test")
+"""The splits that every layout knows."""
+SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 TOLERATED_MISSING = 0.01  # more absent pictures than this share is an error, not a warning
 
 
@@ -130,12 +133,11 @@ class Draft:
     notes: tuple[Note, ...] = ()
 
 
-def finish(draft: Draft, *, need_images: bool = True, skip_missing: bool = False) -> Dataset:
+def finish(draft: Draft, *, skip_missing: bool = False) -> Dataset:
     """Checks a draft and makes the data set of it.
 
     Args:
         draft: What a reader found.
-        need_images: False where pixels are never read (saved results are evaluated): sizes come from the annotations.
         skip_missing: Leave absent pictures out however many they are.
 
     Raises:
@@ -146,18 +148,13 @@ def finish(draft: Draft, *, need_images: bool = True, skip_missing: bool = False
     keep = np.ones(len(draft.files), dtype=bool)
     turned = np.ones(len(draft.files), dtype=np.int64)
     sizes = draft.sizes.astype(np.int64).copy()
-    if need_images:
-        headers = read_headers(draft, notes, skip_missing)
-        for index, header in enumerate(headers):
-            if header is None:
-                keep[index] = False
-            else:
-                sizes[index], turned[index] = settle_size(draft.files[index], header, draft.sizes[index])
-        if np.any(turned > 1):
-            notes.append(exif_note(draft, np.flatnonzero(turned > 1)))
-    elif np.any(sizes <= 0):
-        first = draft.files[int(np.flatnonzero((sizes <= 0).any(1))[0])]
-        raise DataError(f"{first}: the annotations give no width and height, and the picture is not read", code="size")
+    for index, header in enumerate(read_headers(draft, notes, skip_missing)):
+        if header is None:
+            keep[index] = False
+        else:
+            sizes[index], turned[index] = settle_size(draft.files[index], header, draft.sizes[index])
+    if np.any(turned > 1):
+        notes.append(exif_note(draft, np.flatnonzero(turned > 1)))
     if not keep.any():
         raise DataError(f"split {draft.split!r} has no pictures ({draft.evidence})", code="empty_split")
 
@@ -209,6 +206,24 @@ def assemble(
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def split_name(word: str) -> str:
+    """The name of a split, however a data set spells it.
+
+    >>> split_name("Validation")
+    'val'
+    """
+    return SYNONYMS.get(word.lower(), word.lower())
+
+
+def unions(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
+    """Splits of another name that hold nothing but pictures of train, val and test, such as VOC's trainval."""
+    held = {file for data in datasets if data.split in COMMON for file in data.files}
+    return tuple(data for data in datasets if data.split not in COMMON and held.issuperset(data.files))
+
+
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
@@ -242,7 +257,7 @@ def read_headers(draft: Draft, notes: list[Note], skip_missing: bool) -> list[He
         state = "cannot be opened" if any(map(os.path.exists, names)) else "are listed but absent"
         message = f"{len(missing)} of {len(draft.files)} pictures {state}: {listed(names)}"
         if len(missing) > TOLERATED_MISSING * len(draft.files) and not skip_missing:
-            hint = "Check the folder of the pictures, or take the missing ones off the list."
+            hint = "Check the folder of the pictures. Eval and data go on without the missing ones: --skip-missing."
             raise DataError(message, code="missing_image", hint=hint)
         notes.append(Note("data.missing_image", "warn", f"{message}. They are left out.", tuple(names), len(names)))
     if broken:

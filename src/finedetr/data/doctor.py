@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finedetr.data.dataset import Dataset, Note, listed
+from finedetr.data.dataset import Dataset, Note, listed, unions
 from finedetr.data.images import decode, read_bytes
 from finedetr.errors import DataError
 
@@ -38,11 +38,25 @@ class SplitFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassFacts:
+    """One class: the data set's own id, the index that stands for it here, its name."""
+
+    id: int
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """All notes, those of reading included, worst first, and the counts of each split."""
+    """All notes, those of reading included, worst first, and the counts of each split.
+
+    `evidence` says why the layout was chosen; it and `classes` are those of the first split.
+    """
 
     notes: tuple[Note, ...]
     facts: tuple[SplitFacts, ...]
+    evidence: str
+    classes: tuple[ClassFacts, ...]
 
     @property
     def errors(self) -> tuple[Note, ...]:
@@ -53,6 +67,8 @@ class Report:
         """Plain values for `data_report.json`."""
         names = ("split", "pictures", "backgrounds", "boxes", "crowd", "densest", "per_class", "box_sizes")
         return {
+            "evidence": self.evidence,
+            "classes": [asdict(row) for row in self.classes],
             "notes": [
                 {"code": n.code, "level": n.level, "message": n.message, "where": list(n.where), "count": n.count}
                 for n in self.notes
@@ -65,7 +81,8 @@ class Report:
 
 
 def check(
-    *datasets: Dataset,
+    first: Dataset,
+    *others: Dataset,
     size: tuple[int, int] = (640, 640),
     queries: int = 300,
     strict: bool = False,
@@ -74,7 +91,8 @@ def check(
     """Static checks of the splits of one data set.
 
     Args:
-        datasets: The splits, training first; notes of reading them are part of the report.
+        first: A split, training best; its classes are the ones that the others are held against.
+        others: The other splits; notes of reading them are part of the report.
         size: (H, W) of the network's input, at which boxes are measured.
         queries: How many objects the model can answer in a picture.
         strict: A picture that stands in two splits is an error, not a warning.
@@ -84,17 +102,24 @@ def check(
         The report; faults are notes of level `error` in it, nothing is raised for them.
     """
     notes: list[Note] = []
+    datasets = (first, *others)
     for data in datasets:
         notes += data.notes
         notes += check_counts(data, queries)
         notes += check_sizes(data, size)
-    if datasets:
-        notes += check_classes(datasets)
+    notes += check_classes(datasets)
     if bytes_too:
-        notes += check_bytes(datasets, strict)
+        again = unions(datasets)  # the pictures of trainval are meant to stand in train, too
+        notes += check_bytes([data for data in datasets if data not in again], strict)
     order = {"error": 0, "warn": 1, "info": 2}
     notes.sort(key=lambda note: order[note.level])
-    return Report(tuple(notes), tuple(facts(data, size) for data in datasets))
+    names = zip(first.categories.ids, first.categories.names, strict=True)
+    return Report(
+        tuple(notes),
+        tuple(facts(data, size) for data in datasets),
+        first.evidence,
+        tuple(ClassFacts(identity, index, name) for index, (identity, name) in enumerate(names)),
+    )
 
 
 def boxes_per_picture(data: Dataset) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finedetr.errors import DataError, UsageError
+from finedetr.files import write_text
 
 __all__ = ["CATEGORY_IDS", "SHAPES", "Drawing", "draw_dataset", "draw_picture"]
 
@@ -177,8 +177,7 @@ def _write_split(
         "annotations": annotations,
         "categories": [{"id": number, "name": name, "supercategory": "shape"} for number, name in categories],
     }
-    path.with_suffix(".part").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    write_text(path, json.dumps(document, separators=(",", ":")))
 
 
 @dataclass

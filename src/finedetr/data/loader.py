@@ -95,6 +95,7 @@ class TrainingPictures(TorchDataset[Parcel]):
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.factors = repeat_factors(dataset, balance) if balance > 0 else None
         self.scratch = Scratch()
+        self.reading = ""  # the file that was asked for last: an error is about it
         self.latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
         self.round: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
 
@@ -172,7 +173,7 @@ class TrainingPictures(TorchDataset[Parcel]):
             try:
                 draw(plan, partial(self.load, data), out, self.scratch)
             except DataError as error:
-                broken.append((error.message.partition(": ")[0], error.message))
+                broken.append((self.reading, error.message))
                 index = int(rng.integers(len(data)))
                 continue
             return plan.truth, index
@@ -183,7 +184,18 @@ class TrainingPictures(TorchDataset[Parcel]):
     def load(self, data: Dataset, index: int, reduce: int) -> tuple[NDArray[np.uint8], int]:
         """Pixels of a picture."""
         width, height = data.sizes[index]
-        return load(data.files[index], reduce, (int(width), int(height)), self.scratch.encoded)
+        self.reading = data.files[index]
+        return load(self.reading, reduce, (int(width), int(height)), self.scratch.encoded)
+
+
+def check_ranges(batch: int, size: tuple[int, int], rank: int, world: int) -> None:
+    """ConfigError where a batch, a size or a rank cannot be."""
+    if batch < 1:
+        raise ConfigError(f"batch: wanted 1 or more; got {batch}", code="range")
+    if min(size) < 1:
+        raise ConfigError(f"size: wanted 1 or more; got {size[0]} and {size[1]}", code="range")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank: wanted 0 to {world - 1} of {world} processes; got {rank}", code="range")
 
 
 class Keys(Sampler[Any]):
@@ -214,7 +226,7 @@ class Workers:
 
     def __init__(self, pictures: TorchDataset[Parcel], workers: int) -> None:
         if workers < 0:
-            raise ConfigError(f"workers: wanted 0 or more; got {workers}")
+            raise ConfigError(f"workers: wanted 0 or more; got {workers}", code="range")
         self.keys = Keys()
         self.broken: dict[str, int] = {}  # file -> how often it was met
         with warnings.catch_warnings():
@@ -299,11 +311,9 @@ class TrainingLoader:
         Raises:
             ConfigError: A batch, size, seed or rank that cannot be.
         """
-        if batch < 1 or min(size) < 1 or seed < 0 or not 0 <= rank < world:
-            raise ConfigError(
-                f"wanted batch >= 1, size >= 1, seed >= 0 and 0 <= rank < world; got batch {batch}, size {size}, "
-                f"seed {seed}, rank {rank} of {world}"
-            )
+        check_ranges(batch, size, rank, world)
+        if seed < 0:
+            raise ConfigError(f"seed: wanted 0 or more; got {seed}", code="range")
         self.dataset = dataset
         self.pictures = TrainingPictures(
             dataset,
@@ -382,10 +392,7 @@ class EvaluationLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch < 1 or min(size) < 1 or not 0 <= rank < world:
-            raise ConfigError(
-                f"wanted batch >= 1, size >= 1 and 0 <= rank < world; got {batch}, {size}, {rank}, {world}"
-            )
+        check_ranges(batch, size, rank, world)
         self.dataset = dataset
         own = list(range(rank, len(dataset), world))
         self.keys = [tuple(own[start : start + batch]) for start in range(0, len(own), batch)]

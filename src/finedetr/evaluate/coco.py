@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finedetr.data.dataset import Dataset
-from finedetr.errors import DataError, RunError, UsageError
+from finedetr.errors import RunError, UsageError
 from finedetr.evaluate.evaluation import SIZES, ClassScore, Evaluation, SizeScore
 
 __all__ = ["Evaluator", "Judged"]
@@ -81,6 +81,8 @@ class Evaluator:
         self.dataset = dataset
         self.max_detections = max_detections
         self._answers = _Answers()
+        self._joined: _Table | None = None
+        self._matched: Any = None
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -110,31 +112,6 @@ class Evaluator:
         counts = np.full(len(indices), score.shape[1])
         boxes, labels = np.asarray(xyxy, dtype=np.float32), np.asarray(label)
         self.add_rows(indices, counts, boxes.reshape(-1, 4), score.reshape(-1), labels.reshape(-1))
-
-    def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Takes COCO results in the data set's original ids, as a results file holds them.
-
-        Pictures of the data set that the results do not mention stay without an answer.
-
-        Raises:
-            DataError: Where a row names a picture or a category that the data set does not have, or lacks a field.
-        """
-        try:
-            ids = np.array([row["image_id"] for row in results], dtype=np.int64)
-            categories = np.array([row["category_id"] for row in results], dtype=np.int64)
-            boxes = np.array([row["bbox"] for row in results], dtype=np.float64).reshape(-1, 4)
-            score = np.array([row["score"] for row in results], dtype=np.float64)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"a COCO result is {{image_id, category_id, bbox: [x, y, width, height], score}}; {error!r} in these",
-                code="results",
-            ) from error
-        picture = _positions(self.dataset.ids, ids, "picture")
-        label = _positions(np.array(self.dataset.categories.ids, dtype=np.int64), categories, "category")
-        boxes[:, 2:] += boxes[:, :2]
-        order = np.argsort(picture, kind="stable")
-        answered, counts = np.unique(picture, return_counts=True)
-        self.add_rows(answered, counts, boxes[order], score[order], label[order])
 
     def add_rows(
         self,
@@ -175,6 +152,7 @@ class Evaluator:
                 code="not_finite",
                 hint="The weights have diverged, or half precision overflows: evaluate in fp32 to tell which.",
             )
+        self._joined = self._matched = None  # what was made of the answers so far
         answers = self._answers
         answers.picture.append(picture.copy())
         answers.count.append(count.copy())
@@ -232,7 +210,7 @@ class Evaluator:
     def result(self) -> Evaluation:
         """Measures all that came in. More may come in afterwards."""
         table = self._table()
-        precision, recall = self._curves(table)
+        precision, recall = self._curves()
         metrics: dict[str, Any] = {
             "ap": _mean(precision[:, :, :, 0, -1]),
             "ap50": _mean(precision[0, :, :, 0, -1]),
@@ -286,6 +264,8 @@ class Evaluator:
 
     def _table(self) -> _Table:
         """Joins what came in; of a picture that came twice the later answer stays."""
+        if self._joined is not None:
+            return self._joined
         a = self._answers
         picture = _join(a.picture, np.int64)
         count = _join(a.count, np.int64)
@@ -302,24 +282,28 @@ class Evaluator:
             _join(a.score, np.float32)[rows],
             _join(a.label, np.int64)[rows],
         )
-        # What is joined once need not be joined again: a picture's sheet asks picture by picture.
         counts = np.bincount(table.picture, minlength=len(self.dataset))[table.answered]
         self._answers = _Answers([table.answered], [counts], [table.xyxy], [table.score], [table.label])
+        self._joined = table
         return table
 
-    def _curves(self, table: _Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _evaluated(self) -> Any:
+        """All that came in, matched with the truth: once for the numbers and for what goes wrong."""
+        if self._matched is None:
+            self._matched = self._prepared(self._table())
+            self._matched.evaluate()
+        return self._matched
+
+    def _curves(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Precision [10 IoUs, 101 recalls, C, 4 areas, 3 limits] and recall [10, C, 4, 3]; -1: no truth."""
-        evaluation = self._prepared(table)
-        evaluation.evaluate()
+        evaluation = self._evaluated()
         evaluation.accumulate()
         curves: dict[str, Any] = evaluation.eval or {}
         return curves["precision"], curves["recall"]
 
     def judged(self) -> Judged:
         """What became of each detection and each object at IoU .5, and the six kinds of error."""
-        table = self._table()
-        evaluation = self._prepared(table)
-        evaluation.evaluate()
+        table, evaluation = self._table(), self._evaluated()
         verdicts = evaluation.image_diagnostics(iou_thr=0.5)
         verdict = np.full(len(table.score), -1, dtype=np.int8)  # ids of detections are rows, from 1
         for identity, status in verdicts["dt_status"].items():
@@ -422,18 +406,3 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 def _join(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
-
-
-def _positions(known: NDArray[np.int64], wanted: NDArray[np.int64], what: str) -> NDArray[np.int64]:
-    """Where each wanted id stands among the known ones."""
-    order = np.argsort(known, kind="stable")
-    place = np.minimum(np.searchsorted(known[order], wanted), max(len(known) - 1, 0))
-    found = known[order][place] == wanted if len(known) else np.zeros(len(wanted), dtype=bool)
-    if not found.all():
-        strange = np.unique(wanted[~found])
-        raise DataError(
-            f"the results name {what} id {strange[0]}, which the data set does not have ({len(strange)} such ids)",
-            code="results",
-            hint="Do the results belong to this split of this data set?",
-        )
-    return np.asarray(order[place])

@@ -14,9 +14,11 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.coco import Evaluator, Judged
 from finedetr.evaluate.findings import ClassThreshold, Confusion, Diagnosis, ErrorKind, PictureFaults
 
-__all__ = ["Goal", "diagnose"]
+__all__ = ["COSTS", "Goal", "check_costs", "diagnose"]
 
 Goal = Literal["f1", "cost"]
+COSTS = (1.0, 1.0)
+"""Of a box that is wrong, and of an object that is missed."""
 KINDS = {
     "Cls": "class",
     "Loc": "place",
@@ -29,7 +31,13 @@ KINDS = {
 WORST = 24  # pictures that are kept
 
 
-def diagnose(evaluator: Evaluator, goal: Goal = "f1", costs: tuple[float, float] = (1.0, 1.0)) -> Diagnosis:
+def check_costs(costs: tuple[float, float]) -> None:
+    """UsageError where a cost is negative, or both are 0."""
+    if not all(0 <= cost < math.inf for cost in costs) or max(costs) == 0:
+        raise UsageError(f"costs are positive: of a wrong box and of a missed object; got {costs}", code="range")
+
+
+def diagnose(evaluator: Evaluator, goal: Goal = "f1", costs: tuple[float, float] = COSTS) -> Diagnosis:
     """Looks for what goes wrong.
 
     Args:
@@ -41,8 +49,7 @@ def diagnose(evaluator: Evaluator, goal: Goal = "f1", costs: tuple[float, float]
     Raises:
         UsageError: A cost is negative, or both are 0.
     """
-    if not all(0 <= cost < math.inf for cost in costs) or max(costs) == 0:
-        raise UsageError(f"costs are positive: of a wrong box and of a missed object; got {costs}", code="range")
+    check_costs(costs)
     judged = evaluator.judged()
     data = evaluator.dataset
     real = data.labels[~data.crowd]
@@ -72,6 +79,8 @@ def _threshold(
     order = np.argsort(-judged.score[mine], kind="stable")
     score = judged.score[mine][order].astype(np.float64)
     hits = np.concatenate(([0], np.cumsum(judged.verdict[mine][order] == 1)))
+    if goal == "f1" and hits[-1] == 0:  # every threshold is as good, and none is measured
+        return ClassThreshold(name, THRESHOLD, 0.0, 0.0, 0.0)
     told = np.arange(len(hits))
     value = 2 * hits / (told + objects) if goal == "f1" else -(costs[0] * (told - hits) + costs[1] * (objects - hits))
     borders = np.concatenate(([1.0], score, [0.0]))

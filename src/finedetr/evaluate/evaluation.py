@@ -14,7 +14,7 @@ from finedetr.evaluate.findings import Diagnosis
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SIZES", "ClassScore", "Evaluation", "SizeScore"]
+__all__ = ["SIZES", "ClassScore", "Evaluation", "SizeScore", "plain"]
 
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.0, 32.0**2),
@@ -196,7 +196,7 @@ def _tsv(evaluation: Evaluation, per_class: bool) -> str:
         [("size", "AP", "AR", "boxes"), *((n, s.ap, s.ar, s.boxes) for n, s in evaluation.by_size.items())],
     ]
     if per_class:
-        rows = [(_plain(c.name), c.id, c.ap, c.ap50, c.ar, c.boxes) for c in evaluation.per_class]
+        rows = [(plain(c.name), c.id, c.ap, c.ap50, c.ar, c.boxes) for c in evaluation.per_class]
         blocks.append([("class", "id", "AP", "AP50", "AR", "boxes"), *rows])
     if evaluation.diagnosis is not None:
         blocks += [[head, *rows] for head, rows in _findings(evaluation.diagnosis)]
@@ -205,14 +205,14 @@ def _tsv(evaluation: Evaluation, per_class: bool) -> str:
 
 def _findings(diagnosis: Diagnosis) -> list[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
     """(header, rows) of each table of a diagnosis."""
-    names = [_plain(t.name) for t in diagnosis.thresholds]
+    names = [plain(t.name) for t in diagnosis.thresholds]
     sides = [*names, "nothing"]
     confused = [(sides[c.truth], sides[c.answer], c.count) for c in diagnosis.confused()]
     return [
         (("error", "count", "AP50 lost"), [(e.kind, e.count, e.cost) for e in diagnosis.errors]),
         (
             ("class", "threshold", "F1", "precision", "recall"),
-            [(_plain(t.name), t.threshold, t.f1, t.precision, t.recall) for t in diagnosis.thresholds],
+            [(plain(t.name), t.threshold, t.f1, t.precision, t.recall) for t in diagnosis.thresholds],
         ),
         (("truth", "answer", "boxes"), list(confused[:CONFUSED])),
         (("picture", "found", "missed", "wrong"), [(w.file, w.found, w.missed, w.wrong) for w in diagnosis.worst]),
@@ -223,7 +223,7 @@ def _cell(value: object) -> str:
     return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A class name without the characters that end a cell or a line, or steer a terminal."""
     return "".join(character if character.isprintable() else " " for character in name)
 
@@ -258,7 +258,7 @@ def _rich(evaluation: Evaluation, per_class: bool) -> list[RenderableType]:
             table.add_column(name, justify="right", overflow="fold")
         for c in e.per_class:
             numbers = (str(c.id), _percent(c.ap), _percent(c.ap50), _percent(c.ar), str(c.boxes))
-            table.add_row(escape(_plain(c.name)), *numbers)
+            table.add_row(escape(plain(c.name)), *numbers)
         parts.append(table)
     if evaluation.diagnosis is not None:
         for head_row, rows in _findings(evaluation.diagnosis):
@@ -266,7 +266,7 @@ def _rich(evaluation: Evaluation, per_class: bool) -> list[RenderableType]:
             for name in head_row:
                 table.add_column(name, overflow="fold")
             for row in rows:
-                table.add_row(*(escape(_plain(_cell(cell))) for cell in row))
+                table.add_row(*(escape(plain(_cell(cell))) for cell in row))
             parts.append(table)
     return parts
 

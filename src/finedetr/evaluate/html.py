@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from finedetr.errors import DataError, RunError
+from finedetr.errors import DataError
 from finedetr.evaluate.charts import Curve, line_chart, smoothed
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.findings import Diagnosis
+from finedetr.files import read_records, write_text
 
 __all__ = ["report_page", "write_report"]
 
@@ -101,30 +101,11 @@ def write_report(run: str | Path) -> Path:
         evaluation = Evaluation.from_json(text)
         known = {"epoch": "best epoch (from 0)", "step": "best step", "train_seconds": "seconds of training until then"}
         facts = {known[name]: value for name, value in json.loads(text).items() if name in known}
-    records = _lines(metrics) if metrics.is_file() else []
+    records = read_records(metrics)
     sheets = sorted(p for p in (run / "samples").glob("*") if p.suffix.lower() in PICTURES)
     pictures = [(sheet.stem.replace("_", " "), sheet.read_bytes(), PICTURES[sheet.suffix.lower()]) for sheet in sheets]
     page = report_page(run.resolve().name, records, evaluation, pictures, facts)
-    path, part = run / "report.html", run / f".report.html.{os.getpid()}.tmp"
-    try:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(part, path)
-    except OSError as error:
-        raise RunError(f"{path}: the page cannot be written ({error})", code="io") from error
-    return path
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a line that a crash cut off is passed over."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return write_text(run / "report.html", page)
 
 
 def _charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -213,7 +194,7 @@ def _findings(d: Diagnosis) -> str:
     worst = "".join(f"<tr><td>{escape(Path(w.file).name)}<td>{w.found}<td>{w.missed}<td>{w.wrong}" for w in d.worst)
     return (
         f"<h2>Errors</h2><table><tr><th>kind<th>boxes<th>AP50 lost{errors}</table>"
-        "<h2>Thresholds</h2><p>The score with the best F1, measured on these pictures.</p>"
+        "<h2>Thresholds</h2><p>The score from which on boxes of a class are best told, measured on these pictures.</p>"
         f"<table><tr><th>class<th>score<th>F1<th>precision<th>recall{limits}</table>"
         f"<h2>Confusion</h2>{_confusion(d)}"
         f"<h2>Worst pictures</h2><table><tr><th>picture<th>found<th>missed<th>wrong{worst}</table>"

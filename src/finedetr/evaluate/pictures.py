@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from torch import Tensor
 from finedetr.data.dataset import Dataset
 from finedetr.data.images import read_image
 from finedetr.detections import THRESHOLD, annotate, class_color
-from finedetr.errors import DataError, RunError, UsageError
+from finedetr.errors import DataError, UsageError
 from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.files import write_atomically
 from finedetr.records import Targets
 
 __all__ = ["batch_sheet", "prediction_sheet", "save_picture", "worst_sheet"]
@@ -139,16 +138,8 @@ def save_picture(image: Image.Image, path: str | Path) -> Path:
     kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
     if path.suffix.lower() not in kinds:
         raise UsageError(f"{path}: pictures are written as .jpg or .png", code="range")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, format=kinds[path.suffix.lower()], quality=90)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise RunError(f"{path}: the picture cannot be written ({error})", code="io") from error
-    return path
+    kind = kinds[path.suffix.lower()]
+    return write_atomically(path, lambda file: image.save(file, format=kind, quality=90), durable=False)
 
 
 def _scaled(picture: Image.Image, tile: int) -> tuple[Image.Image, float]:

@@ -48,7 +48,7 @@ class Predictor:
         batch: Pictures that go through the detector together.
         precision: `fp32`, `bf16`, `fp16` or `auto`.
         workers: Threads that read and resize pictures ahead of the detector.
-        top: Detections kept of each picture; None: see `top_detections`.
+        top: Detections kept of each picture; None: see `top_detections`, with tiles so many of each.
 
     Attributes:
         broken: file -> message of the pictures that were passed over, over the life of the predictor.
@@ -117,10 +117,6 @@ class Predictor:
             for answer in answers
         ]
 
-    def predict(self, source: Source | Iterable[Source], threshold: float | None = None, **options: Any) -> Any:
-        """The same as calling the predictor."""
-        return self(source, threshold, **options)
-
     def stream(
         self,
         source: Source | Iterable[Source],
@@ -146,6 +142,8 @@ class Predictor:
         return _Asked(np.broadcast_to(np.array(scores, dtype=np.float32), len(self.names)), batch, nms, tile)
 
     def _stream(self, found: Pictures, asked: _Asked) -> Iterator[Detections]:
+        if found.videos:
+            log.warning("data.video: %d videos are passed over: name them one by one", found.videos)
         with ThreadPoolExecutor(self.workers) as pool:
             loaded = self._loaded(pool, found, 2 * asked.batch)
             while group := list(itertools.islice(loaded, asked.batch)):
@@ -158,22 +156,22 @@ class Predictor:
     def _loaded(self, pool: ThreadPoolExecutor, found: Pictures, ahead: int) -> Iterator[Loaded]:
         """What the threads read, in order, so many pictures ahead; without those that may be passed over."""
         rest = each_picture(found.items)
-        waiting = deque(pool.submit(self._load, item) for item in itertools.islice(rest, ahead))
+        waiting = deque((item, pool.submit(self._load, item)) for item in itertools.islice(rest, ahead))
         broken = 0
         try:
             while waiting:
-                future = waiting.popleft()
-                waiting.extend(pool.submit(self._load, item) for item in itertools.islice(rest, 1))
+                item, future = waiting.popleft()
+                waiting.extend((item, pool.submit(self._load, item)) for item in itertools.islice(rest, 1))
                 try:
                     yield future.result()
                 except DataError as error:
                     if not found.forgiving:
                         raise
                     broken += 1
-                    self.broken[str(error.message).split(": ", 1)[0]] = error.message
+                    self.broken[str(item)] = error.message
                     log.warning("%s: %s; it is passed over", error.code, error.message)
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
         if broken:
             log.warning("data.corrupt_image: %d of %d pictures were passed over", broken, len(found.items))
@@ -213,7 +211,8 @@ class Predictor:
             ]
             group = [(crop, crop, small if r == regions[0] else resize(crop, self.card.size)) for r, crop in crops]
             answers += self._detect(group, asked.thresholds)
-        return _signed(answers[0] if len(regions) == 1 else merge(answers, regions, size), item, pixels)
+        merged = answers[0] if len(regions) == 1 else merge(answers, regions, size)[: self.inference.top]
+        return _signed(merged, item, pixels)
 
 
 @dataclass(frozen=True)
@@ -237,18 +236,14 @@ def evaluate_detector(
     detector: nn.Module,
     dataset: Dataset,
     size: tuple[int, int],
+    inference: Inference,
+    *,
     batch: int = 8,
     workers: int = 2,
-    device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    *,
-    precision: Precision = "fp32",
-    top: int | None = None,
-    max_detections: int = 100,
     names: Sequence[str] | None = None,
+    max_detections: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, Evaluator]:
     """Measures a detector on a data set by the published evaluation.
@@ -260,17 +255,13 @@ def evaluate_detector(
         detector: Its forward gives `Output`; already on the device. It is left in the mode in which it came.
         dataset: The truth.
         size: (height, width) of the detector's input.
+        inference: How the detector is run.
         batch: Pictures of one process that go through the detector together.
         workers: Processes that read pictures; 0 reads in this one.
-        device: Where the detector is.
         rank: The number of this process.
         world: How many processes there are; more than one need `torch.distributed`.
-        mean: As in the weights' card.
-        std: As in the weights' card.
-        precision: `fp32`, `bf16`, `fp16` or `auto`.
-        top: Detections kept of each picture; None: see `top_detections`.
-        max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         names: The detector's class names. Where they are not the data set's, classes are matched by name.
+        max_detections: Detections of each picture and class that count; COCO's numbers are at 100.
         progress: Called after each batch with how many of this process's batches are done, and how many there are.
 
     Raises:
@@ -281,7 +272,6 @@ def evaluate_detector(
     failure: FineDETRError | None = None
     try:
         to_truth = _class_table(names, dataset.categories)
-        inference = Inference(device, precision, mean, std, top)
         loader = EvaluationLoader(dataset, size, batch, workers, rank, world)
         try:
             with at_rest(detector):

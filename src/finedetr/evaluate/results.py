@@ -15,7 +15,7 @@ __all__ = ["as_files"]
 
 
 def as_files(
-    kind: str, found: Sequence[Detections], stems: Sequence[str], category_ids: Sequence[int]
+    kind: str, found: Sequence[Detections], stems: Sequence[str], names: Sequence[str], category_ids: Sequence[int]
 ) -> dict[Path, str]:
     """Relative path -> text.
 
@@ -24,13 +24,13 @@ def as_files(
             `yolo`: a label file a picture, without scores, and the names.
         found: For each picture, in order.
         stems: A name for each picture, no two alike.
+        names: Of the classes.
         category_ids: The original id of each class.
     """
     if kind == "coco":
-        return {Path("predictions.json"): _coco(found, category_ids)}
+        return {Path("predictions.json"): _coco(found, names, category_ids)}
     if kind == "csv":
         return {Path("predictions.csv"): _csv(found)}
-    names = found[0].names if found else ()
     labels = {
         Path("labels") / f"{stem}.txt": "".join(f"{line}\n" for line in answer.to_yolo(scores=False))
         for stem, answer in zip(stems, found, strict=True)
@@ -38,7 +38,7 @@ def as_files(
     return {**labels, Path("classes.txt"): "".join(f"{name}\n" for name in names)}
 
 
-def _coco(found: Sequence[Detections], category_ids: Sequence[int]) -> str:
+def _coco(found: Sequence[Detections], names: Sequence[str], category_ids: Sequence[int]) -> str:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, answer in enumerate(found, start=1):
@@ -47,8 +47,7 @@ def _coco(found: Sequence[Detections], category_ids: Sequence[int]) -> str:
         for row in answer.to_coco(number, category_ids):
             area = round(row["bbox"][2] * row["bbox"][3], 3)
             annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
-    names = found[0].names if found else ()
-    categories = [{"id": i, "name": name} for i, name in zip(category_ids, names, strict=False)]
+    categories = [{"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)]
     return json.dumps({"images": images, "annotations": annotations, "categories": categories}, ensure_ascii=False)
 
 

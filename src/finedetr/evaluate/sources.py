@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -33,11 +33,14 @@ class Pictures:
         items: Paths, addresses, PIL pictures, arrays or videos, in order.
         single: Whether one picture was meant, so that one answer is expected.
         forgiving: Whether broken files are passed over: nobody named them one by one.
+        videos: How many videos of folders and globs are left out. They are taken one by one only: where there is a
+            video, the answer is an iterator.
     """
 
     items: tuple[Source | Video, ...]
     single: bool
     forgiving: bool
+    videos: int = 0
 
     @property
     def video(self) -> bool:
@@ -66,15 +69,16 @@ def find_pictures(source: Source | Iterable[Source]) -> Pictures:
         )
     found = [item if _is_picture(item) else find_pictures(item) for item in source]
     items: list[Source | Video] = []
-    forgiving = bool(found)
+    forgiving, videos = bool(found), 0
     for item in found:
         if isinstance(item, Pictures):
             items.extend(item.items)
             forgiving &= item.forgiving
+            videos += item.videos
         else:
             items.append(item)
             forgiving = False
-    return Pictures(tuple(items), single=False, forgiving=forgiving)
+    return Pictures(tuple(items), single=False, forgiving=forgiving, videos=videos)
 
 
 def each_picture(items: Iterable[Source | Video]) -> Iterator[Source | Frame]:
@@ -127,43 +131,34 @@ def _from_path(text: str) -> Pictures:
         raise UsageError("a picture, a folder, a glob or an address is wanted; nothing came", code="source")
     path = Path(text)
     if path.is_dir():
-        return Pictures(_below(path), single=False, forgiving=True)
+        return _of_many(_below(path), f"{path}: holds no picture")
     if path.exists() and is_video(text):
         return Pictures((Video(text),), single=False, forgiving=False)
     if path.exists():
         return Pictures((str(path),), single=True, forgiving=False)
     if glob.has_magic(text):
-        files = sorted(name for name in glob.glob(text, recursive=True) if os.path.isfile(name))
-        pictures = tuple(name for name in files if Path(name).suffix.lower() in SUFFIXES)
-        if not pictures:
-            raise DataError(
-                f"{text}: matches no picture" + (f" ({len(files)} other files)" if files else ""),
-                code="none",
-                hint=f"Known endings: {', '.join(sorted(SUFFIXES))}.",
-            )
-        return Pictures(pictures, single=False, forgiving=True)
+        files = [name for name in glob.glob(text, recursive=True) if os.path.isfile(name)]
+        return _of_many(files, f"{text}: matches no picture")
     raise DataError(f"{text}: there is no such file or folder", code="missing_image")
 
 
-def _below(folder: Path) -> tuple[str, ...]:
-    """Pictures in a folder and below it."""
-    pictures, others = [], 0
+def _below(folder: Path) -> list[str]:
+    """Files in a folder and below it, hidden ones left out."""
+    found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if name.startswith("."):
-                continue
-            if Path(name).suffix.lower() in SUFFIXES:
-                pictures.append(os.path.join(root, name))
-            else:
-                others += 1
+        found += [os.path.join(root, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _of_many(files: Sequence[str], nothing: str) -> Pictures:
+    """The pictures among many files, sorted; `nothing` says that there are none."""
+    pictures = tuple(sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES))
+    videos = sum(map(is_video, files))
     if not pictures:
-        raise DataError(
-            f"{folder}: holds no picture ({others} other files)",
-            code="none",
-            hint=f"Known endings: {', '.join(sorted(SUFFIXES))}.",
-        )
-    return tuple(sorted(pictures))
+        hint = f"Known endings: {', '.join(sorted(SUFFIXES))}." if not videos else "Name videos one by one."
+        raise DataError(nothing + (f" ({len(files)} other files)" if files else ""), code="none", hint=hint)
+    return Pictures(pictures, single=False, forgiving=True, videos=videos)
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from finedetr._version import __version__
 from finedetr.errors import ConfigError, ModelError, UsageError, did_you_mean
+from finedetr.files import write_atomically
 from finedetr.model.classes import match_names
 from finedetr.model.config import ModelConfig
 from finedetr.model.detector import Detector
@@ -159,17 +159,8 @@ def save_weights(path: str | Path, detector: nn.Module, card: Card) -> Path:
     """
     path = Path(path)
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in detector.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:  # plain open(), so that the file gets the usual permissions
-            file.write(save(state, metadata={"finedetr": card.to_json()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    content = save(state, metadata={"finedetr": card.to_json()})
+    return write_atomically(path, lambda file: file.write(content))
 
 
 def _open(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,48 +15,11 @@ from torch import Tensor
 
 from finedetr._version import __version__
 from finedetr.errors import ModelError, RunError
+from finedetr.files import write_atomically
 
-__all__ = ["link_file", "load_state", "save_state", "write_atomically"]
+__all__ = ["link_file", "load_state", "save_state"]
 
 FORMAT = 1
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Lets `write` fill a file that takes its place only when it is complete and on the disk.
-
-    The temporary file stands in the same folder, so that a crash at any moment leaves the old file or the new one. It
-    is made by a plain open(), so that it has the permissions of the umask (`tempfile` would leave 0600).
-
-    Raises:
-        RunError: The disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}", code="io") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself durable, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows does not open folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finedetr.errors import ModelError, UsageError
+from finedetr.files import read_records, write_text
 from finedetr.model.foreign import is_foreign
 from finedetr.model.hub import OURS, fetch, is_name
-from finedetr.train.checkpoint import write_atomically
 
 __all__ = ["RunFolder", "find_weights"]
 
@@ -152,8 +152,7 @@ class RunFolder:
 
     def write_json(self, path: Path, document: object) -> None:
         """Writes a document atomically, indented for readers."""
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+        write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, path: Path) -> Any:
         """Reads a document.
@@ -173,17 +172,7 @@ class RunFolder:
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of the metrics; a last line that a crash cut off is left out."""
-        if not self.metrics.is_file():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+        return read_records(self.metrics)
 
     def rewind(self, *, step: int, epoch: int) -> None:
         """Drops the lines of what a resumed run will do again, and the unfinished files of a killed one.
@@ -199,8 +188,7 @@ class RunFolder:
             for record in self.records()
             if (record.get("epoch", 0) < epoch if record.get("kind") == "evaluation" else record.get("step", 0) <= step)
         ]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        write_atomically(self.metrics, lambda file: file.write(text.encode(errors="backslashreplace")))
+        write_text(self.metrics, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def find_weights(target: str | Path) -> Path:

@@ -15,6 +15,7 @@ from finedetr.data.device import OnDevice
 from finedetr.data.loader import TrainingLoader
 from finedetr.errors import UsageError
 from finedetr.evaluate.evaluation import Evaluation
+from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.records import Batch
 from finedetr.train.budget import Budget
@@ -352,15 +353,13 @@ class Run:
             detector,
             data.val,
             recipe.size,
-            recipe.evaluating.batch or max((recipe.batch or 1) // self.world.size, 1),
-            workers_for(recipe, self.world.device),
-            self.world.device,
-            self.world.rank,
-            self.world.size,
-            recipe.mean,
-            recipe.std,
-            max_detections=recipe.evaluating.max_detections,
+            Inference(self.world.device, mean=recipe.mean, std=recipe.std),
+            batch=recipe.evaluating.batch or max((recipe.batch or 1) // self.world.size, 1),
+            workers=workers_for(recipe, self.world.device),
+            rank=self.world.rank,
+            world=self.world.size,
             names=data.train.categories.names,
+            max_detections=recipe.evaluating.max_detections,
         )
         better = evaluation.ap > p.best or p.best <= 0  # as long as nothing is found, the latest is the best
         p.stale = 0 if better else p.stale + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finedetr.data.dataset import Dataset, finish
+from finedetr.data.dataset import COMMON, Dataset, finish, split_name
 from finedetr.data.formats import coco, table, voc, yolo
 from finedetr.data.hugging_face import is_hugging_face
 from finedetr.data.images import SUFFIXES
@@ -13,9 +13,8 @@ from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["LAYOUTS", "list_splits", "open_dataset"]
 
-READERS: dict[str, Any] = {"yolo": yolo, "voc": voc, "csv": table}  # COCO's takes a folder of pictures, too
-LAYOUTS = ("coco", *READERS)
-SYNONYMS = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
+READERS: dict[str, Any] = {"coco": coco, "yolo": yolo, "voc": voc, "csv": table}
+LAYOUTS = tuple(READERS)
 
 
 def open_dataset(
@@ -23,8 +22,6 @@ def open_dataset(
     split: str = "train",
     *,
     layout: str | None = None,
-    images: str | Path | None = None,
-    need_images: bool = True,
     skip_missing: bool = False,
 ) -> Dataset:
     """Reads one split of a data set whose layout is sniffed.
@@ -34,8 +31,6 @@ def open_dataset(
         split: `train`, `val` (or `valid`, `validation`), `test`, or a name that the layout knows (`trainval`).
             Ignored where `path` is one COCO JSON or one CSV.
         layout: `coco`, `yolo`, `voc` or `csv`; None sniffs.
-        images: The folder of the pictures, for COCO; None searches beside the annotations.
-        need_images: False reads annotations alone (saved results are to be evaluated): no file is looked for.
         skip_missing: Go on without absent pictures however many they are.
 
     Raises:
@@ -43,20 +38,22 @@ def open_dataset(
     """
     root = Path(path)
     chosen, evidence = sniff(root, layout)
-    split = SYNONYMS.get(split, split)
-    if chosen == "coco":
-        draft = coco.read(root, split, evidence, images, need_images)
-    else:
-        draft = READERS[chosen].read(root, split, evidence)
-    return finish(draft, need_images=need_images, skip_missing=skip_missing)
+    split = split_name(split)
+    return finish(READERS[chosen].read(root, split, evidence), skip_missing=skip_missing)
 
 
 def list_splits(path: str | Path, layout: str | None = None) -> tuple[str, ...]:
-    """The splits of a data set, by their common names (`train`, `val`, `test` first)."""
+    """The splits of a data set, by their common names (`train`, `val`, `test` first).
+
+    Raises:
+        DataError: There is none, or the data set cannot be read.
+    """
     root = Path(path)
     chosen, _ = sniff(root, layout)
-    names: tuple[str, ...] = (coco if chosen == "coco" else READERS[chosen]).splits(root)
-    first = [name for name in ("train", "val", "test") if name in names]
+    names: tuple[str, ...] = READERS[chosen].splits(root)
+    if not names:  # only a YAML may name none
+        raise DataError(f"{root} names no split", code="split", hint="data.yaml needs train: and val:")
+    first = [name for name in COMMON if name in names]
     return (*first, *sorted(set(names) - set(first)))
 
 
@@ -74,7 +71,7 @@ def sniff(root: Path, layout: str | None = None) -> tuple[str, str]:
         raise DataError(
             f"{root} does not exist", code="none", hint="Give the folder of a data set, or its JSON or YAML."
         )
-    signs = {"coco": coco.evidence(root)} | {name: reader.evidence(root) for name, reader in READERS.items()}
+    signs = {name: reader.evidence(root) for name, reader in READERS.items()}
     found = {name: sign for name, sign in signs.items() if sign}
     if layout is not None:
         if layout not in found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed
+from finedetr.data.dataset import Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.folders import picture_folder
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["evidence", "read", "splits"]
@@ -57,26 +57,25 @@ def evidence(root: Path) -> str:
     return f"{first.relative_to(root)} holds annotations"
 
 
-def split_name(stem: str) -> str:
+def split_of(stem: str) -> str:
     """`instances_train2017` -> `train`."""
-    name = stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-")
-    return {"valid": "val", "validation": "val", "training": "train", "testing": "test"}.get(name, name)
+    return split_name(stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-"))
 
 
 def annotation_files(root: Path) -> dict[str, list[Path]]:
     """Split -> the JSON files that hold it."""
     found: dict[str, list[Path]] = {}
     for file in sorted(root.glob(f"*/{ROBOFLOW}")):
-        found.setdefault(split_name(file.parent.name), []).append(file)
+        found.setdefault(split_of(file.parent.name), []).append(file)
     if found:
         return found
     for file in sorted((root / "annotations").glob("instances_*.json")):
-        found.setdefault(split_name(file.stem), []).append(file)
+        found.setdefault(split_of(file.stem), []).append(file)
     if found:
         return found
     for file in sorted([*root.glob("annotations/*.json"), *root.glob("*.json")]):
         if looks_like_coco(file):
-            found.setdefault(split_name(file.stem), []).append(file)
+            found.setdefault(split_of(file.stem), []).append(file)
     return found
 
 
@@ -95,9 +94,9 @@ def looks_like_coco(file: Path) -> bool:
 def splits(root: Path) -> tuple[str, ...]:
     """Names of the splits."""
     if root.is_file():
-        return (split_name(root.stem),)
+        return (split_of(root.stem),)
     if (root / ROBOFLOW).is_file():
-        return (split_name(root.name),)
+        return (split_of(root.name),)
     return tuple(annotation_files(root))
 
 
@@ -108,7 +107,9 @@ def find_file(root: Path, split: str) -> Path:
     if (root / ROBOFLOW).is_file():
         return root / ROBOFLOW
     found = annotation_files(root)
-    exact = [file for files in found.values() for file in files if file.stem.removeprefix("instances_") == split]
+    exact = [
+        file for files in found.values() for file in files if file.stem.lower().removeprefix("instances_") == split
+    ]
     files = exact or found.get(split, [])
     if not files:
         raise DataError(f"{root} has no split {split!r}", code="split", hint=did_you_mean(split, found))
@@ -121,35 +122,26 @@ def find_file(root: Path, split: str) -> Path:
     return files[0]
 
 
-def picture_folder(root: Path, file: Path, names: list[str], images: str | Path | None) -> Path:
-    """The folder below which most of the first pictures are found."""
-    if images is not None:
-        if not Path(images).is_dir():
-            raise DataError(f"{images} is not a folder of pictures", code="missing_image")
-        return Path(images)
-    base = file.parent.parent if file.parent.name == "annotations" else file.parent
-    stem = file.stem.removeprefix("instances_")
-    words = dict.fromkeys((stem, split_name(file.stem), "valid" if split_name(file.stem) == "val" else stem))
-    candidates = [file.parent, base, base / "images", base / "JPEGImages"]
-    for word in words:
-        candidates += [base / word, base / "images" / word, base / word / "images"]
-    probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
+def folder_of(file: Path, names: list[str]) -> Path:
+    """The folder of the pictures."""
+    split = split_of(file.stem)
+    words = (file.stem.removeprefix("instances_"), split, *(("valid",) if split == "val" else ()))
+    return picture_folder(file, words, names)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(root: Path, split: str, evidence: str, images: str | Path | None, need_images: bool) -> Draft:
+def read(root: Path, split: str, evidence: str) -> Draft:
     """One split as a draft."""
     file = find_file(root, split)
     reading = Reading(file, parse(file))
     categories = read_categories(reading, root)
     names, ids, sizes, index_of = read_pictures(reading)
-    folder = picture_folder(root, file, names, images) if need_images or images is not None else file.parent
+    folder = folder_of(file, names)
     picture, labels, boxes, crowd, area, numbers = read_annotations(reading, index_of, categories)
     return Draft(
-        split=split if not root.is_file() else split_name(file.stem),
+        split=split if not root.is_file() else split_of(file.stem),
         layout="coco",
         evidence=f"{evidence}; annotations in {file.name}, pictures in {folder.name or folder}",
         files=tuple(absolute(folder / name) for name in names),
@@ -184,7 +176,7 @@ def parse(file: Path) -> dict[str, list[Any]]:
     missing = [key for key in KEYS if not isinstance(content.get(key), list)]
     if missing:
         raise DataError(
-            f"{file}: wanted lists named {', '.join(KEYS)}; missing: {', '.join(missing)}",
+            f"{file}: wanted lists named {', '.join(KEYS)}; no list: {', '.join(missing)}",
             code="keys",
             hint=f"Found: {', '.join(sorted(map(str, content))) or 'nothing'}.",
         )
@@ -318,18 +310,22 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
         reading.note("area", "warn", message, count=unusable)
     table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     identities = annotation_ids(reading, [row[8] for row in rows])
-    boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
+    with np.errstate(over="ignore"):  # a corner beyond all numbers is told as one that is not finite
+        boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
     pictures, labels = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     return pictures, labels, boxes, table[:, 6].astype(bool), table[:, 7], identities
 
 
 def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tuple[float, ...], float]:
-    """The four numbers of a box and its area (NaN: not given)."""
+    """The four numbers of a box and its area (NaN: not given, or no number)."""
+    try:
+        area = float(item["area"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        area = math.nan
     try:
         box = tuple(float(value) for value in item["bbox"])
-        area = float(item["area"]) if item.get("area") is not None else float("nan")
     except (TypeError, ValueError, OverflowError):
-        box, area = (), 0.0
+        box = ()
     if len(box) != 4:
         place = reading.entry("annotations", number)
         raise DataError(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, absolute, listed
+from finedetr.data.dataset import Categories, Draft, absolute, listed, split_name
+from finedetr.data.formats.folders import picture_folder
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["COLUMNS", "evidence", "read", "splits"]
@@ -30,7 +31,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """What a column means -> how its header may be written, in small letters without spaces and signs."""
 NEEDED = ("image", "xmin", "ymin", "xmax", "ymax", "label")
 CORNERS = NEEDED[1:5]
-SPLITS = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,18 @@ def annotation_files(root: Path) -> list[tuple[Path, str]]:
     """The tables of a folder and the split of each: `train.csv`, or `train/_annotations.csv` as Roboflow writes it."""
     found = [(file, file.parent.name) for file in sorted(root.glob("*/_annotations.csv"))]
     found += [(file, file.stem) for file in sorted([*root.glob("*.csv"), *root.glob("annotations/*.csv")])]
-    return [(file, SPLITS.get(name.lower(), name.lower())) for file, name in found if header(file)]
+    tables = [(file, split_name(name)) for file, name in found if header(file)]
+    empty = [file for file, _ in found if os.path.isfile(file) and not os.path.getsize(file)]
+    if tables and empty:  # alone it may be anything; beside a table it was to be one
+        hint = f"A split without boxes has a header: {','.join(NEEDED)}. Remove the file if it is no split."
+        raise DataError(f"{empty[0]}: is empty", code="csv", hint=hint)
+    return tables
 
 
 def splits(root: Path) -> tuple[str, ...]:
     """Names of the splits."""
     if root.is_file():
-        return (SPLITS.get(root.stem.lower(), root.stem.lower()),)
+        return (split_name(root.stem),)
     return tuple(dict.fromkeys(name for _, name in annotation_files(root)))
 
 
@@ -118,12 +123,13 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     pictures = {name: index for index, name in enumerate(dict.fromkeys(row.image for row in rows))}
     boxed = [row for row in rows if row.box is not None]
     not_normalized(file, boxed)
-    folder = picture_folder(file, split if not root.is_file() else splits(root)[0], list(pictures))
+    split = splits(root)[0] if root.is_file() else split
+    folder = picture_folder(file, (file.stem, split), list(pictures))
     sizes = np.zeros((len(pictures), 2), dtype=np.int32)
     for row in rows:
         sizes[pictures[row.image]] = row.size
     return Draft(
-        split=split if not root.is_file() else splits(root)[0],
+        split=split,
         layout="csv",
         evidence=f"{evidence}; {file.name} names {len(pictures)} pictures, in {folder.name or folder}",
         files=tuple(absolute(os.path.normpath(folder / name)) for name in pictures),
@@ -211,11 +217,3 @@ def read_classes(tables: list[list[Row] | Iterator[Row]], root: Path) -> Categor
     numeric = all(name.isdecimal() for name in names)
     ordered = sorted(names, key=lambda name: (int(name) if numeric else 0, name))
     return Categories(tuple(range(len(ordered))), tuple(ordered))
-
-
-def picture_folder(file: Path, split: str, names: list[str]) -> Path:
-    """The folder below which most of the first pictures are found."""
-    base = file.parent.parent if file.parent.name == "annotations" else file.parent
-    candidates = [file.parent, base, base / "images", base / split, base / "images" / split, base / split / "images"]
-    probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))

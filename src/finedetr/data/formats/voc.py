@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed
+from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -30,7 +30,7 @@ def split_files(root: Path) -> dict[str, Path]:
     files = sorted((folder if folder.is_dir() else root / "ImageSets").glob("*.txt"))
     stems = {file.stem for file in files}
     own = [f for f in files if "_" not in f.stem or f.stem.rpartition("_")[2] not in stems]
-    return {{"valid": "val", "validation": "val"}.get(file.stem, file.stem): file for file in own}
+    return {split_name(file.stem): file for file in sorted(own, key=lambda file: file.stem in COMMON)}  # train.txt wins
 
 
 def splits(root: Path) -> tuple[str, ...]:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed
+from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["evidence", "read", "splits"]
 
-SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 OUTSIDE = 1.1  # a normalized coordinate beyond this was meant in pixels
 
 
@@ -64,7 +63,13 @@ def load_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
 def splits(root: Path) -> tuple[str, ...]:
     """Names of the splits that the YAML gives."""
     _, content = load_yaml(root)
-    return tuple(name for name, keys in SPLIT_KEYS.items() if any(content.get(key) for key in keys))
+    return tuple(name for name in COMMON if name in entries(content))
+
+
+def entries(content: dict[str, Any]) -> dict[str, Any]:
+    """Split -> what the YAML gives for it, whatever its spelling; `val` goes before `valid`."""
+    keys = sorted((key for key in content if content[key]), key=lambda key: key in COMMON)
+    return {split_name(str(key)): content[key] for key in keys}
 
 
 def read(root: Path, split: str, evidence: str) -> Draft:
@@ -130,19 +135,18 @@ def read_names(file: Path, names: Any) -> Categories:
 
 def picture_files(file: Path, content: dict[str, Any], split: str) -> list[str]:
     """Absolute paths of a split's pictures, sorted within each folder or in the order of each list."""
-    keys = SPLIT_KEYS.get(split, (split,))
-    entry = next((content[key] for key in keys if content.get(key)), None)
+    entry = entries(content).get(split)
     if entry is None:
-        known = [key for key in content if key in ("train", "val", "valid", "validation", "test")]
+        known = [name for name in COMMON if name in entries(content)]
         raise DataError(f"{file} has no split {split!r}", code="split", hint=did_you_mean(split, known))
-    entries = entry if isinstance(entry, list) else [entry]
+    places = entry if isinstance(entry, list) else [entry]
     found: list[str] = []
-    for item in entries:
+    for item in places:
         place = resolve(file, content, str(item))
         found += listed_in(place, file, content) if place.is_file() else below(place)
     unique = list(dict.fromkeys(found))
     if not unique:
-        raise DataError(f"split {split!r} of {file} has no pictures (looked in {listed(entries)})", code="empty_split")
+        raise DataError(f"split {split!r} of {file} has no pictures (looked in {listed(places)})", code="empty_split")
     return unique
 
 
