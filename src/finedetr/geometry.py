@@ -15,6 +15,7 @@ from finedetr.errors import ConfigError
 __all__ = [
     "area",
     "bin_values",
+    "box_cost",
     "bracket",
     "decode_edges",
     "encode_edges",
@@ -64,6 +65,13 @@ def iou_giou(
     tiny = torch.finfo(union.dtype).tiny if eps == 0.0 else eps
     ratio = intersection / union.clamp(min=tiny)
     return ratio, ratio - (enclosing - union) / enclosing.clamp(min=tiny)
+
+
+def box_cost(a: Float[Tensor, "*#N 4"], b: Float[Tensor, "*#N 4"], l1: float, giou: float) -> Float[Tensor, "*N"]:
+    """What it costs to pair boxes (cxcywh, broadcasting): l1 · L1 distance - giou · generalized IoU."""
+    distance = sum((x - y).abs() for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True))
+    cost: Tensor = l1 * distance - giou * iou_giou(a, b)[1]
+    return cost
 
 
 def _corner_planes(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -225,13 +225,28 @@ def test_equal_maps_have_no_loss_and_gradients_reach_the_student_alone(mode: Any
     assert not any(m.requires_grad for m in other.memory)
 
 
-def test_the_combined_mask_lies_between_its_floor_and_one(s: Supervision, taught: Lesson) -> None:
-    term = FeatureDistillation()
-    energy = term._masks(s, taught, LINKS)
-    assert energy.shape == (2, 2, 20)
-    plain = FeatureDistillation(mode="none")
-    assert (term(s) <= plain(s) + 1e-6).all()  # a mask of at most one
-    assert (term(s) >= plain(s) * 0.0).all()
+@pytest.mark.parametrize("floor", [0.01, 0.4])
+def test_the_default_masks_the_difference_of_maps_as_written_out(s: Supervision, taught: Lesson, floor: float) -> None:
+    """Mean of (mask · ΔF)², the mask Σ_n q_n cos(query n, cell), at least the floor, by its maximum on the level."""
+    term = FeatureDistillation(top=7, floor=floor)
+    queries, quality = term._queries(s, taught, [0, 1])
+    cells = term._cells(taught)
+    assert s.output is not None
+    total, start = torch.zeros(2), 0
+    for own, theirs in zip(s.output.memory, taught.memory, strict=True):
+        size = own.shape[-2] * own.shape[-1]
+        delta = (theirs - own).detach().flatten(2)
+        for layer, image in itertools.product(range(2), range(2)):
+            mask = torch.zeros(size)
+            for n, cell in itertools.product(range(7), range(size)):
+                similar = F.cosine_similarity(queries[layer, image, n], cells[image, start + cell], dim=0)
+                mask[cell] += quality[layer, image, n] * similar
+            mask = mask.clamp(min=floor)
+            mask = mask / mask.max()
+            assert floor / 7 < mask.min() <= mask.max() == 1
+            total[layer] += (mask * delta[image]).square().mean() / 2
+        start += size
+    torch.testing.assert_close(term(s).detach(), total, rtol=1e-4, atol=1e-6)
 
 
 def test_the_weight_of_cells_equals_the_sum_over_queries(s: Supervision, taught: Lesson) -> None:

@@ -148,7 +148,7 @@ class AuxiliaryQueries(TeacherSource):
     scope: Literal["per_stage", "total"] = "per_stage"
     """Of every layer of the teacher, or of the last alone."""
     max_queries: int = 300
-    """Where there would be more, only the last layer's are taken."""
+    """Where there would be more, only the last layer's are taken, and where those are too many, one for each target."""
     isolate: bool = True
     """Whether the blocks are apart."""
     cost: Cost = field(default_factory=FocalCost)
@@ -167,6 +167,8 @@ class AuxiliaryQueries(TeacherSource):
         slots, ranks = max(*targets.counts, 1), min(self.ranks, lesson.answers.logits.shape[2])
         if self.scope == "total" or ranks * slots * len(layers) > self.max_queries:
             layers = layers[-1:]
+        if ranks * slots > self.max_queries:
+            ranks = 1
         table = costs(self.cost, _stages(lesson.answers, tuple(layers)), targets)
         if not len(targets):
             table = table.new_zeros(len(layers), targets.pictures, 1, lesson.answers.logits.shape[2])

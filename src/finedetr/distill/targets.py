@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from finedetr.distill.stages import layer_stages
 from finedetr.distill.tokens import same_queries
-from finedetr.geometry import iou_giou
+from finedetr.geometry import box_cost
 from finedetr.records import Assignment, Lesson, Supervision
 
 __all__ = ["Pairing", "Pairs", "TeacherCost", "pair_by_cost", "pair_by_token"]
@@ -54,8 +54,7 @@ class TeacherCost:
         """Binary cross-entropy to the teacher's probabilities summed over classes, L1, generalized IoU."""
         entropy = F.softplus(logits).sum(-1).unsqueeze(-2) - teacher @ logits.transpose(-1, -2)
         own, other = boxes.unsqueeze(-3), teacher_boxes.unsqueeze(-2)
-        distance = sum((a - b).abs() for a, b in zip(own.unbind(-1), other.unbind(-1), strict=True))
-        return self.label * entropy + self.l1 * distance - self.giou * iou_giou(own, other)[1]
+        return self.label * entropy + box_cost(own, other, self.l1, self.giou)
 
 
 @torch.no_grad()

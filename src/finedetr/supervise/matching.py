@@ -11,7 +11,7 @@ from hotcoco.primitives import lsap
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finedetr.geometry import iou, iou_giou
+from finedetr.geometry import box_cost, iou
 from finedetr.records import Assignment, Guidance, Match, Output, Prediction, Targets
 
 __all__ = [
@@ -63,9 +63,7 @@ class FocalCost(Cost):
         p = logits.sigmoid()
         positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
         negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
-        # coordinate by coordinate: no tensor of pairs × 4 is ever made
-        distance = sum((a - b).abs() for a, b in zip(boxes.unbind(-1), truth.unbind(-1), strict=True))
-        return self.label * (positive - negative) + self.l1 * distance - self.giou * iou_giou(boxes, truth)[1]
+        return self.label * (positive - negative) + box_cost(boxes, truth, self.l1, self.giou)
 
 
 @dataclass(frozen=True)

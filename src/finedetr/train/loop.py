@@ -102,7 +102,8 @@ class Run:
         self.guard = Guard(self.student, self.keeper, world)
         self.observer: Watch | None = None
         if data.val is not None and recipe.teaching.watch:
-            self.observer = Watch(recipe, data.val, self.student.updater.precision)
+            batch = recipe.evaluation_batch(world.size)
+            self.observer = Watch(recipe, data.val, batch, self.student.updater.precision)
 
     def _plan_for(self, epochs: int) -> None:
         """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
@@ -354,7 +355,7 @@ class Run:
             data.val,
             recipe.size,
             Inference(self.world.device, mean=recipe.mean, std=recipe.std),
-            batch=recipe.evaluating.batch or max((recipe.batch or 1) // self.world.size, 1),
+            batch=recipe.evaluation_batch(self.world.size),
             workers=workers_for(recipe, self.world.device),
             rank=self.world.rank,
             world=self.world.size,

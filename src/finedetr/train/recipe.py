@@ -382,6 +382,10 @@ class Recipe:
         batch = min(self.optimizer.batch, few)
         return max(batch // self.accumulate, 1) * self.accumulate
 
+    def evaluation_batch(self, processes: int) -> int:
+        """Pictures at a time of one of so many processes in an evaluation."""
+        return self.evaluating.batch or max((self.batch or 1) // processes, 1)
+
     def why_batch(self, resolved: Recipe, pictures: int) -> str:
         """One line on where the batch comes from."""
         if self.batch is not None:

@@ -26,11 +26,13 @@ class Watch:
     Args:
         recipe: How many pictures, of which size.
         dataset: The validation split.
+        batch: Pictures at a time.
         precision: Of the forward passes.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, precision: Precision) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, batch: int, precision: Precision) -> None:
         self.recipe, self.dataset, self.precision = recipe, dataset, precision
+        self.batch = min(batch, recipe.teaching.watch)
         self.before: dict[str, list[Matched]] = {}
 
     def __call__(self, student: Detector, teachers: Teachers) -> dict[str, float]:
@@ -61,9 +63,8 @@ class Watch:
     def _batches(self) -> Iterator[tuple[Tensor, Targets]]:
         """The first pictures of the split, as every evaluation sees them."""
         recipe, device = self.recipe, self.precision.device
-        batch = min(recipe.evaluating.batch or recipe.batch or 1, recipe.teaching.watch)
-        loader = EvaluationLoader(self.dataset, recipe.size, batch, 0)
-        loader.keys = loader.keys[: -(-recipe.teaching.watch // batch)]
+        loader = EvaluationLoader(self.dataset, recipe.size, self.batch, 0)
+        loader.keys = loader.keys[: -(-recipe.teaching.watch // self.batch)]
         for pictures, _ in loader:
             images = pictures.images.to(device).float().div_(255)
             yield normalize(images, recipe.mean, recipe.std), pictures.targets.to(device)
