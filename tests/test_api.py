@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finedetr
-from finedetr.errors import ModelError, UsageError
+from finedetr.errors import DataError, ModelError, UsageError
 from finedetr.train.recipe import Recipe
 from tests.train.conftest import one_thread as one_thread
 from tests.train.small import draw, small_recipe
@@ -72,6 +72,18 @@ def test_a_run_goes_on_and_starts_others(run: object, data: Path, tmp_path: Path
     )
     assert tuned.model("cpu").card.size == (64, 64)
     assert "weights: kept     disc" in (tmp_path / "b" / "train.log").read_text()
+
+
+def test_a_run_goes_on_without_absent_pictures_where_that_is_asked_for(tmp_path: Path) -> None:
+    data = draw(tmp_path / "data", train=4, val=1)
+    next((data / "train").glob("*.jpg")).unlink()
+    settings = {"recipe": small_recipe(epochs=1), "out": tmp_path / "a", "device": "cpu", "quiet": True}
+    with pytest.raises(DataError, match="1 of 4 pictures are listed but absent") as raised:
+        finedetr.train(data, **settings)
+    assert "--skip-missing" in str(raised.value.hint)
+    assert finedetr.train(data, **settings, skip_missing=True).result.steps == 1
+    again = finedetr.resume(tmp_path / "a", epochs=2, device="cpu", quiet=True)
+    assert "absent" in " ".join(again.result.warnings)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-import torch
-
 from finedetr.data.formats import open_dataset
 from finedetr.detections import Detections
 from finedetr.errors import UsageError, did_you_mean
@@ -41,8 +39,8 @@ class Model:
     >>> found.xyxy, found.score, found.label, found.names  # doctest: +SKIP
     """
 
-    def __init__(self, predictor: Predictor, device: torch.device) -> None:
-        self._predictor, self._device = predictor, device
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,7 +179,7 @@ def load(
     chosen = choose_device(device)
     detector, card = load_weights(find_weights(path), chosen, queries=queries)
     card = replace(card, size=size or card.size)
-    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision), top=top), chosen)
+    return Model(Predictor(detector, card, chosen, batch, precision=cast(Precision, precision), top=top))
 
 
 def train(
@@ -203,6 +201,7 @@ def train(
     layout: str | None = None,
     train_split: str = "train",
     val_split: str = "val",
+    skip_missing: bool = False,
     callbacks: Callbacks | Mapping[str, Callback] | None = None,
     **settings: Any,
 ) -> TrainedRun:
@@ -233,6 +232,7 @@ def train(
         layout: coco, yolo, voc or csv, where the data could be read as several.
         train_split: Split to train on.
         val_split: Split to evaluate on.
+        skip_missing: Go on without absent pictures however many they are.
         callbacks: Functions of a `State` (`finedetr.train.callbacks`): on_start, on_step, on_eval, on_save, on_end.
         **settings: Fields of the recipe: `epochs=72, batch=16, size=(384, 640)`; nested ones as mappings:
             `optimizer={"clip": 0.5}`.
@@ -289,6 +289,7 @@ def train(
         unlabelled=beside,
         train_split=train_split,
         val_split=val_split,
+        skip_missing=skip_missing,
         layout=layout,
         device=device,
         overwrite=overwrite,

@@ -15,7 +15,7 @@ from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
-from finedetr.train.session import Request, balance_line, open_data, unlabelled_line
+from finedetr.train.session import Request, balance_line, unlabelled_line
 
 __all__ = ["describe", "expected_memory"]
 
@@ -30,7 +30,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         base: The recipe before its flags: tells where a value comes from.
         made: The recipe before --config, too.
     """
-    data = open_data(request.data, request.train_split, request.val_split, request.layout, request.unlabelled)
+    data = request.open()
     pictures = len(data.train)
     recipe = request.recipe.resolve(pictures)
     batch = recipe.batch or 1

@@ -63,6 +63,8 @@ class Train:
     """Split to train on."""
     val_split: str = "val"
     """Split to evaluate on."""
+    skip_missing: bool = False
+    """Go on without absent pictures, however many they are."""
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     dry_run: bool = False
     """Say what would be done, and do nothing."""
@@ -95,6 +97,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         unlabelled=unlabelled,
         train_split=flags.train_split,
         val_split=flags.val_split,
+        skip_missing=flags.skip_missing,
         layout=flags.layout,
         device=flags.device,
         overwrite=flags.overwrite,
@@ -129,6 +132,7 @@ def _resume(flags: Train, words: Sequence[str]) -> dict[str, Any] | None:
         "layout",
         "train-split",
         "val-split",
+        "skip-missing",
         "dry-run",
     )
     for name in fixed:
@@ -192,6 +196,7 @@ def _defaults(base: Recipe, template: Template | None, changed: Sequence[str]) -
         data=Path(data["path"]),
         train_split=data.get("train", "train"),
         val_split=data.get("val", "val"),
+        skip_missing=bool(data.get("skip_missing", False)),
         layout=data.get("layout"),
     )
 

@@ -257,7 +257,7 @@ def read_headers(draft: Draft, notes: list[Note], skip_missing: bool) -> list[He
         state = "cannot be opened" if any(map(os.path.exists, names)) else "are listed but absent"
         message = f"{len(missing)} of {len(draft.files)} pictures {state}: {listed(names)}"
         if len(missing) > TOLERATED_MISSING * len(draft.files) and not skip_missing:
-            hint = "Check the folder of the pictures. Eval and data go on without the missing ones: --skip-missing."
+            hint = "Check the folder of the pictures. Use --skip-missing to go on without them."
             raise DataError(message, code="missing_image", hint=hint)
         notes.append(Note("data.missing_image", "warn", f"{message}. They are left out.", tuple(names), len(names)))
     if broken:

@@ -66,6 +66,7 @@ class Request:
     unlabelled: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
+    skip_missing: bool = False
     layout: str | None = None
     device: str = "auto"
     overwrite: bool = False
@@ -92,6 +93,11 @@ class Request:
     def start(self) -> Start:
         """What the run begins with."""
         return Start(self.weights, self.backbone_weights)
+
+    def open(self) -> Data:
+        """See `open_data`."""
+        splits = (self.train_split, self.val_split)
+        return open_data(self.data, *splits, self.layout, self.unlabelled, skip_missing=self.skip_missing)
 
 
 def default_folder(data: Path, recipe: Recipe) -> Path:
@@ -123,7 +129,13 @@ def is_detections(teacher: str | Path) -> bool:
 
 
 def open_data(
-    path: Path, train: str = "train", val: str = "val", layout: str | None = None, unlabelled: Path | None = None
+    path: Path,
+    train: str = "train",
+    val: str = "val",
+    layout: str | None = None,
+    unlabelled: Path | None = None,
+    *,
+    skip_missing: bool = False,
 ) -> Data:
     """Both splits of a data set. Without the one for evaluation a run goes on unmeasured.
 
@@ -133,11 +145,12 @@ def open_data(
         val: Of that to evaluate on.
         layout: None: it is sniffed.
         unlabelled: A folder of further pictures, for teachers alone, or a JSON of what a detector found in some.
+        skip_missing: Go on without absent pictures, however many they are.
 
     Raises:
         DataError: The data cannot be used, or the splits name different classes.
     """
-    training = open_dataset(path, train, layout=layout)
+    training = open_dataset(path, train, layout=layout, skip_missing=skip_missing)
     if not len(training):
         raise DataError(f"{path}: the split {train!r} has no pictures", code="empty_split")
     beside = open_beside(unlabelled, training.categories) if unlabelled else None
@@ -146,7 +159,7 @@ def open_data(
         if val != "val":
             raise DataError(f"{path} has no split {val!r}", code="split", hint=f"It has {', '.join(splits)}.")
         return Data(training, None, beside)
-    held_out = open_dataset(path, val, layout=layout)
+    held_out = open_dataset(path, val, layout=layout, skip_missing=skip_missing)
     if held_out.categories != training.categories:
         ours, theirs = training.categories.names, held_out.categories.names
         odd = sorted(set(ours) ^ set(theirs)) or ["their order or their ids"]
@@ -172,7 +185,7 @@ def begin(
         callbacks: Functions of a user.
     """
     with open_world(request.device) as world:
-        data = open_data(request.data, request.train_split, request.val_split, request.layout, request.unlabelled)
+        data = request.open()
         recipe = request.recipe.resolve(len(data.train))
         # resolved once, so that a run that is resumed on another machine goes on in the same numbers
         recipe = replace(recipe, precision=Precision.choose(recipe.precision, world.device).name)
@@ -232,7 +245,8 @@ def resume(
         splits = (str(where["train"]), str(where["val"]))
         files = folder.read_json(folder.config)
         teacher, beside = (Path(files[key]) if files.get(key) else None for key in ("teacher", "unlabelled"))
-        opened = open_data(data or Path(where["path"]), *splits, where["layout"], beside)
+        skip = bool(where["skip_missing"])
+        opened = open_data(data or Path(where["path"]), *splits, where["layout"], beside, skip_missing=skip)
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
@@ -261,7 +275,7 @@ def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
         )
     try:
         recipe, data = document["recipe"], document["data"]
-        wanted = {key: data[key] for key in ("path", "train", "val", "layout", "pictures")}
+        wanted = {key: data[key] for key in ("path", "train", "val", "layout", "skip_missing", "pictures")}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
     return from_dict(recipe, str(folder.config)), wanted
@@ -383,6 +397,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
             "train": request.train_split,
             "val": request.val_split,
             "layout": request.layout,
+            "skip_missing": request.skip_missing,
             "pictures": len(data.train),
         },
         "weights": str(request.weights) if request.weights else None,
