@@ -194,11 +194,19 @@ def test_the_order_is_a_permutation_that_changes(dataset: Dataset) -> None:
     assert np.array_equal(pictures.order(2), orders[2])
 
 
+def without_labels(dataset: Dataset, count: int) -> Dataset:
+    """The first pictures, as if nobody had annotated them."""
+    few, row = dataset.subset(range(count)), ("labels", "boxes", "crowd", "area", "annotation_ids")
+    nothing = {name: getattr(few, name)[:0] for name in row}
+    return replace(few, starts=np.zeros(count + 1, dtype=np.int64), **nothing)
+
+
 def test_pictures_without_truth_stand_last_in_turn_and_change_nothing_else(dataset: Dataset) -> None:
     """Three of five beside each batch of two: all of them in turn, whatever the workers, the ranks or the start."""
-    plain, beside = training(dataset), training(dataset, others=dataset.subset(range(5)), beside=3)
-    halves = [training(dataset, batch=1, others=dataset.subset(range(4)), beside=1, rank=r, world=2) for r in (0, 1)]
-    whole = training(dataset, others=dataset.subset(range(4)), beside=2)
+    five, four = (without_labels(dataset, count) for count in (5, 4))
+    plain, beside = training(dataset), training(dataset, others=five, beside=3)
+    halves = [training(dataset, batch=1, others=four, beside=1, rank=r, world=2) for r in (0, 1)]
+    whole = training(dataset, others=four, beside=2)
     assert plain.steps == beside.steps
     order = [beside.pictures.other(place) for place in range(20)]
     assert [sorted(order[first : first + 5]) for first in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4

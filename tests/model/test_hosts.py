@@ -122,6 +122,8 @@ def test_learned_positions_take_no_boxes_for_queries(name: str) -> None:
     detector = random_detector(host(name, "plain"))
     with pytest.raises(ConfigError, match="learned positions"):
         detector(torch.rand(2, 3, 64, 64), (labels_and_boxes(),))
+    if name.endswith("two-stage"):
+        return  # it makes positions of boxes, for queries that are no labels
     content = replace(labels_and_boxes(), labels=None, content=torch.zeros(2, 6, 64))
     with pytest.raises(ConfigError, match="learned positions"):
         detector(torch.rand(2, 3, 64, 64), (content,))
