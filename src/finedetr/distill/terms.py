@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from finedetr.distill.edges import edge_divergence
 from finedetr.distill.stages import Grouping, layer_stages, links
 from finedetr.distill.targets import Pairing, TeacherCost, pair_by_cost, pair_by_token
-from finedetr.distill.tokens import shared_cells, slots_of
+from finedetr.distill.tokens import shared_cells, slots_of, starts_of
 from finedetr.geometry import giou, iou
 from finedetr.records import Lesson, Supervision, Trace, Who
 from finedetr.supervise.terms import Term, over_processes
@@ -249,7 +249,7 @@ class FeatureDistillation(TeacherTerm):
         linked = self.links(s, lesson)
         mine, theirs = self._maps(output.memory, output.trace), self._maps(lesson.memory, lesson.trace)
         masks = None if self.mode == "none" else self._masks(s, lesson, linked)
-        starts = _starts(lesson.trace.shapes)
+        starts = starts_of(lesson.trace.shapes)
         values = []
         for here, there in self._levels(output.trace, lesson.trace):
             student = mine[here].float()
@@ -414,14 +414,6 @@ def common_levels(
 ) -> tuple[tuple[int, int], ...]:
     """Levels (of the student, of the teacher) whose maps have the same cells."""
     return tuple((here, teacher.index(shape)) for here, shape in enumerate(student) if shape in teacher)
-
-
-def _starts(shapes: tuple[tuple[int, int], ...]) -> list[int]:
-    """The first token of each level, and one past the last."""
-    starts = [0]
-    for height, width in shapes:
-        starts.append(starts[-1] + height * width)
-    return starts
 
 
 def _standard(x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:

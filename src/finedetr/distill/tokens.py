@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from finedetr.records import Lesson, Trace
 
-__all__ = ["carry", "known_as", "same_queries", "shared_cells", "slots_of"]
+__all__ = ["carry", "known_as", "same_queries", "shared_cells", "slots_of", "starts_of"]
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -28,11 +29,14 @@ def carry(tokens: Int[Tensor, "B Q"], source: Shapes, target: Shapes) -> Int[Ten
     return tokens if source == target else _table(source, target).to(tokens.device)[tokens]
 
 
+def starts_of(shapes: Shapes) -> list[int]:
+    """The first cell of each level in a flattened pyramid, and the number of all."""
+    return [0, *itertools.accumulate(height * width for height, width in shapes)]
+
+
 def _table(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
     """For each cell of the source the cell of the target."""
-    starts = [0]
-    for height, width in target:
-        starts.append(starts[-1] + height * width)
+    starts = starts_of(target)
     parts = []
     for height, width in source:
         ratios = [abs(math.log(h * w / (height * width))) for h, w in target]
@@ -46,9 +50,7 @@ def _table(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
 
 def shared_cells(source: Shapes, target: Shapes) -> Int[Tensor, " T"]:
     """For each cell of the source the same one of the target, or -1 where no level of it has that shape."""
-    starts = [0]
-    for height, width in target:
-        starts.append(starts[-1] + height * width)
+    starts = starts_of(target)
     parts = []
     for height, width in source:
         cells = torch.arange(height * width)
