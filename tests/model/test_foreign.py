@@ -410,6 +410,7 @@ def test_tensors_that_are_none_are_named_and_no_traceback(tmp_path: Path) -> Non
         "decoder.decoder.layers.0.self_attn.in_proj_weight": (torch.tensor(1.0), r"in_proj_weight is \(\)"),
         "decoder.decoder.layers.0.self_attn.in_proj_bias": (torch.zeros(5), r"in_proj_bias is \(2,\), expected"),
         "decoder.reg_scale": (torch.zeros(1).to_sparse(), "reg_scale is sparse"),
+        "decoder.up": (torch.zeros(1), "wanted numbers above 0, got 4.0 and 0.0"),
     }
     for key, (tensor, message) in changes.items():
         torch.save({"model": {**state, key: tensor}}, tmp_path / "dfine_n.pth")

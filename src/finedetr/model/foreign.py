@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def read_foreign(path: Path) -> Foreign:
     config, state, used = _fit(given, names_of, _likely_first(rows, given, title), path)
     if settings.get("decoder_method") == "discrete":
         config = _sampled(config)
-    config = _with_bins(config, state)
+    config = _with_bins(config, state, path)
     if names_of is transformers_names:
         _check_settings(config, settings, path)
     names, ids = _classes(len(state["decoder.score_heads.0.bias"]), settings)
@@ -278,11 +279,16 @@ def _check_settings(config: ModelConfig, settings: Mapping[str, Any], path: Path
             )
 
 
-def _with_bins(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
+def _with_bins(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> ModelConfig:
     """The same model, whose bins mean what the file says: `reg_scale` and `up` are numbers of the weights."""
     if config.decoder.boxes == "plain":
         return config
     scale, up = (float(state[f"decoder.bin_table.{name}"]) for name in ("reg_scale", "up"))
+    if not (math.isfinite(scale) and math.isfinite(up) and min(scale, up) > 0):
+        raise ModelError(
+            f"{path}: reg_scale and up say what the bins of edges mean; wanted numbers above 0, got {scale} and {up}",
+            code="schema",
+        )
     return replace(config, decoder=replace(config.decoder, scale=scale, up=up))
 
 

@@ -317,7 +317,6 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
     here = [index for index, row in source.items() if row is not None]
     there = [row for row in source.values() if row is not None]
     larger = plain_form(detector.config, card.config) != detector.config
-    objects = detector.config.decoder.source == "proposals"  # row 0 of the encoder's head stands for all classes
     skipped, copied, fresh, used = [], [], [], set()
     with torch.no_grad():
         for key, tensor in detector.state_dict().items():
@@ -334,13 +333,7 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
             elif given is None:
                 skipped.append(f"{key}: not in the file")
             elif _is_class_row(key):
-                if key.endswith("bias"):
-                    tensor.fill_(focal_bias())
-                tensor[here] = given[there].to(tensor)
-                if objects and key.startswith("selection"):
-                    tensor[0] = given[0].to(tensor)
-                if key.startswith("label_embedding"):
-                    tensor[-1] = given[-1].to(tensor)
+                _carry_classes(key, tensor, given, here, there, ranked=detector.config.decoder.source == "proposals")
             elif given.shape != tensor.shape:
                 skipped.append(f"{key}: {tuple(given.shape)} does not fit {tuple(tensor.shape)}")
             else:
@@ -357,6 +350,21 @@ def transfer_weights(detector: Detector, names: tuple[str, ...], path: str | Pat
         tuple(f"{part} ({count}), {how}" for part, how, count in grouped(fresh)),
         tuple(f"{part} ({count})" for part, _, count in grouped((k, "") for k in state if larger and k not in used)),
     )
+
+
+def _carry_classes(key: str, tensor: Tensor, given: Tensor, here: list[int], there: list[int], *, ranked: bool) -> None:
+    """Rows `there` of a class head become rows `here`; the rest starts at the focal prior.
+
+    Where an encoder ranks proposals (`ranked`), row 0 of its head stands for all classes; the last row of the label
+    embedding stands for padding.
+    """
+    if key.endswith("bias"):
+        tensor.fill_(focal_bias())
+    tensor[here] = given[there].to(tensor)
+    if ranked and key.startswith("selection"):
+        tensor[0] = given[0].to(tensor)
+    if key.startswith("label_embedding"):
+        tensor[-1] = given[-1].to(tensor)
 
 
 def _check_same_model(given: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
