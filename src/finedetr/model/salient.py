@@ -14,7 +14,7 @@ from finedetr.model.decoder_layers import Seeds
 from finedetr.model.layers import MLP, focal_bias
 from finedetr.model.sines import place_code
 
-__all__ = ["SalientPoints", "Tower", "level_maps", "region_features", "sample"]
+__all__ = ["MiniDetector", "SalientPoints", "Tower", "level_maps", "region_features", "sample"]
 
 
 def level_maps(
