@@ -37,7 +37,7 @@ def one(row: str, seed: int, data: Path, out: Path, seconds: float) -> dict[str,
     from finedetr.train.session import Request, begin
 
     loss, dense = ROWS[row]
-    recipe = demo_recipe(seconds, papers=())
+    recipe = demo_recipe(seconds)
     if loss == "Varifocal":
         recipe = replace(recipe, objective=recipe.objective.swap(MatchabilityAware, Varifocal(weight=4.0)))
     recipe = replace(

@@ -114,7 +114,7 @@ class Bench:
 
     def teacher_recipe(self, seconds: float) -> Recipe:
         """The demo's detector with a third layer, or `--teacher-model`, for as long as it may take."""
-        recipe = self._settings(demo_recipe(seconds, papers=()), self.args.teacher_model)
+        recipe = self._settings(demo_recipe(seconds), self.args.teacher_model)
         if not self.args.teacher_model:
             model = replace(recipe.model, decoder=replace(recipe.model.decoder, layers=3))
             recipe = replace(recipe, model=model)
@@ -122,7 +122,7 @@ class Bench:
 
     def student_recipe(self, steps: int, seed: int, paper: str) -> Recipe:
         """Half as wide and two layers deep, or `--model`; D-FINE's or DEIM's losses, the demo's settings."""
-        demo = self._settings(demo_recipe(0, papers=()), self.args.model)
+        demo = self._settings(demo_recipe(0), self.args.model)
         model = demo.model
         if not self.args.model:
             model = replace(

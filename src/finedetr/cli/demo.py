@@ -45,14 +45,13 @@ def demo_model() -> ModelConfig:
     )
 
 
-def demo_recipe(seconds: float, papers: tuple[str, ...] = ("sd-split",)) -> Recipe:
-    """What the demo trains with: DEIM and SD-DETR's split decoder from random weights, for a few minutes on two cores.
+def demo_recipe(seconds: float) -> Recipe:
+    """What the demo trains with: DEIM from random weights, sized for a few minutes on two cores.
 
     Dense pictures made of four need longer than that to pay off, and a thousand drawings vary enough, so only flips
-    are on; a random backbone learns to tell classes apart sooner when the class loss weighs more, and when classes and
-    boxes look for themselves (LOG.md).
+    are on; a random backbone learns to tell classes apart sooner when the class loss weighs more.
     """
-    recipe = build(demo_model(), "deim", papers, random_start=True)
+    recipe = build(demo_model(), "deim", random_start=True)
     return replace(
         recipe,
         size=(SIDE, SIDE),
