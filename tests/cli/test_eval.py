@@ -47,10 +47,10 @@ def test_thresholds_are_never_written_into_the_cache_of_the_hub(
     monkeypatch.setattr("finedetr.train.folder.fetch", lambda name: tmp_path)
     monkeypatch.chdir(tmp_path)
     before = (tmp_path / OURS).read_bytes()
-    assert main(words("hf://farm/hens", data, "--thresholds", "f1")) == 2
+    assert main(words("hf://me/mine", data, "--thresholds", "f1")) == 2
     assert "the Hub's cache" in capsys.readouterr().err
     assert (tmp_path / OURS).read_bytes() == before
-    assert main(words("hf://farm/hens", data)) == 0
+    assert main(words("hf://me/mine", data)) == 0
 
 
 def test_missing_pictures_are_left_out_when_asked(
