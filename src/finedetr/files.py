@@ -59,9 +59,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 atomically; what no encoding has, such as the name of a file that is no text, is escaped."""
-    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+def write_text(path: Path, text: str, *, durable: bool = True) -> Path:
+    """Writes UTF-8 atomically; what no encoding has, such as the name of a file that is no text, is escaped.
+
+    `durable`: see `write_atomically`.
+    """
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")), durable=durable)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

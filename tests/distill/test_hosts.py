@@ -26,19 +26,14 @@ from finedetr.supervise.terms import BoxL1
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision, Source, step
 from tests.distill.small import batch
-from tests.model.classic import CLASSES, random_detector, small
+from tests.model.classic import CLASSES, RECIPES, random_detector, small
 from tests.train.tiny import TINY
 
 CPU = Precision("fp32", torch.device("cpu"))
 OWN = {
-    "conditional-detr-r50": "conditional-detr",
-    "dab-detr-r50": "dab-detr",
-    "deformable-detr-r50": "deformable-detr",
-    "deformable-detr-r50-refine": "deformable-detr",
-    "deformable-detr-r50-two-stage": "deformable-detr",
+    **RECIPES,
     "deformable-detr-r50-single": "deformable-detr",
     "deformable-detr-r50-single-dc5": "deformable-detr",
-    "dino-r50": "dino",
 }
 LEARNED = [name for name, recipe in OWN.items() if recipe != "dino" and "two" not in name]
 

@@ -16,6 +16,15 @@ from finedetr.model.zoo import variant
 from tests.model.oracle import randomize
 
 CLASSES = 5
+RECIPES = {
+    "conditional-detr-r50": "conditional-detr",
+    "dab-detr-r50": "dab-detr",
+    "deformable-detr-r50": "deformable-detr",
+    "deformable-detr-r50-refine": "deformable-detr",
+    "deformable-detr-r50-two-stage": "deformable-detr",
+    "dino-r50": "dino",
+}
+"""Rows, one of each kind, and the recipe that is their own."""
 RESNETS["tiny"] = ResNetTable((1, 1, 1, 2), bottleneck=False, plain=True)
 
 
@@ -43,6 +52,23 @@ def random_detector(config: ModelConfig, seed: int = 0) -> Detector:
                 part.weight.add_(0.3 * torch.randn(part.weight.shape, generator=generator))
                 part.bias.add_(0.3 * torch.randn(part.bias.shape, generator=generator))
     return detector
+
+
+def answers_and_exported(detector: Detector) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(logits, boxes) of a picture by the detector, and by its exported graph."""
+
+    class Answers(nn.Module):
+        def __init__(self, model: Detector) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            answers = self.model(images).matching
+            return answers.logits, answers.boxes
+
+    images, answers = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)), Answers(detector)
+    with torch.no_grad():
+        return answers(images), torch.export.export(answers, (images,)).module()(images)
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:

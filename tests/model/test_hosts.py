@@ -14,7 +14,7 @@ from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import ZOO, published_input, variant
 from finedetr.records import QueryGroup
-from tests.model.classic import CLASSES, random_detector, small
+from tests.model.classic import CLASSES, answers_and_exported, random_detector, small
 
 HOSTS = (
     "conditional-detr-r50-dc5",
@@ -81,23 +81,9 @@ def test_deployment_answers_the_same(name: str, boxes: str) -> None:
 @pytest.mark.parametrize("name", ["deformable-detr-r50-refine", "deformable-detr-r50-two-stage"])
 def test_exported_graphs_answer_the_same(name: str) -> None:
     """The other hosts are in `tests/train/test_matrix.py`."""
-    detector = random_detector(host(name, "plain"))
-    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-
-    class Answers(torch.nn.Module):
-        def __init__(self, model: Detector) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-            answers = self.model(images).matching
-            return answers.logits, answers.boxes
-
-    with torch.no_grad():
-        wanted = detector(images).matching
-        logits, found = torch.export.export(Answers(detector), (images,)).module()(images)
-    torch.testing.assert_close(logits, wanted.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found, wanted.boxes, atol=1e-4, rtol=0)
+    (logits, boxes), (exported, found) = answers_and_exported(random_detector(host(name, "plain")))
+    torch.testing.assert_close(exported, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, boxes, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -42,6 +42,20 @@ def small_recipe(**changes: Any) -> Recipe:
     return replace(recipe, **changes)
 
 
+def stop_after(monkeypatch: Any, steps: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Somebody stops the run of a test right after so many steps."""
+    from finedetr.train import loop
+
+    real = loop.Run._tell
+
+    def tell(self: loop.Run, *args: Any) -> None:
+        real(self, *args)
+        if self.progress.total == steps:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(loop.Run, "_tell", tell)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

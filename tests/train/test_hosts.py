@@ -19,17 +19,9 @@ from finedetr.train.optimizer import parameter_groups
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import Drop
 from finedetr.train.step import Precision, Source, step
-from tests.model.classic import CLASSES, random_detector, small
+from tests.model.classic import CLASSES, RECIPES, random_detector, small
 
 CPU = torch.device("cpu")
-OWN = {
-    "conditional-detr-r50": "conditional-detr",
-    "dab-detr-r50": "dab-detr",
-    "deformable-detr-r50": "deformable-detr",
-    "deformable-detr-r50-refine": "deformable-detr",
-    "deformable-detr-r50-two-stage": "deformable-detr",
-    "dino-r50": "dino",
-}
 
 
 def batch(counts: tuple[int, ...] = (3, 0)) -> tuple[torch.Tensor, Targets]:
@@ -51,9 +43,9 @@ def denoising(recipe: Recipe) -> Source:
 
 @pytest.mark.parametrize("extras", [(), ("fdr",)])
 @pytest.mark.parametrize("deim", [False, True])
-@pytest.mark.parametrize("host", OWN)
+@pytest.mark.parametrize("host", RECIPES)
 def test_a_step_reaches_every_trainable_parameter(host: str, deim: bool, extras: tuple[str, ...]) -> None:
-    recipe = recipe_of(host, "deim" if deim else OWN[host], *extras)
+    recipe = recipe_of(host, "deim" if deim else RECIPES[host], *extras)
     detector = random_detector(recipe.model).train()
     sources = (denoising(recipe),) if recipe.denoise else ()
     images, targets = batch()
@@ -82,7 +74,7 @@ def test_a_step_reaches_every_trainable_parameter(host: str, deim: bool, extras:
 
 @pytest.mark.parametrize("host", ["conditional-detr-r50", "dab-detr-r50", "deformable-detr-r50-refine", "dino-r50"])
 def test_a_step_in_bfloat16_keeps_places_exact(host: str) -> None:
-    recipe = recipe_of(host, OWN[host])
+    recipe = recipe_of(host, RECIPES[host])
     detector = random_detector(recipe.model).train()
     seen: list[torch.dtype] = []
     for layer in detector.decoder.layers:
@@ -106,9 +98,9 @@ def test_boxes_as_queries_can_be_denoised() -> None:
     assert detector.label_embedding.weight.grad.any()
 
 
-@pytest.mark.parametrize("host", OWN)
+@pytest.mark.parametrize("host", RECIPES)
 def test_a_batch_without_targets_teaches_only_the_background(host: str) -> None:
-    recipe = recipe_of(host, OWN[host], "fdr")
+    recipe = recipe_of(host, RECIPES[host], "fdr")
     detector = random_detector(recipe.model).train()
     losses = step(detector, *batch((0, 0)), (), recipe.objective, Precision("fp32", CPU))
     losses.total.backward()
@@ -118,7 +110,7 @@ def test_a_batch_without_targets_teaches_only_the_background(host: str) -> None:
 
 def test_recipes_have_the_published_numbers() -> None:
     terms = {}
-    for host, name in OWN.items():
+    for host, name in RECIPES.items():
         recipe = build(variant(host), name, random_start=False)
         terms[name] = tuple((type(term).__name__, term.weight) for term in recipe.objective.terms)
         assert isinstance(recipe.objective.policy, PerStage)

@@ -17,7 +17,7 @@ from finedetr.train.checkpoint import load_state
 from finedetr.train.folder import RunFolder
 from finedetr.train.log import Reporter, clock
 from finedetr.train.session import Request, begin, open_data, resume, saved_recipe
-from tests.train.small import draw, small_recipe
+from tests.train.small import draw, small_recipe, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +38,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *aps: float) -> None:
         return replace(evaluation, ap=left.pop(0)), evaluator
 
     monkeypatch.setattr(loop, "evaluate_detector", evaluate)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGINT) -> None:
-    """Somebody stops the run right after so many steps."""
-    real = loop.Run._tell
-
-    def tell(self: loop.Run, *args: Any) -> None:
-        real(self, *args)
-        if self.progress.total == steps:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(loop.Run, "_tell", tell)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

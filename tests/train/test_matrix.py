@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from finedetr.distill.teachers import Teacher, Teachers, build_adapters
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
@@ -21,7 +20,7 @@ from finedetr.train.config import from_dict, to_dict
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision, step
 from tests.distill.small import batch
-from tests.model.classic import CLASSES, random_detector
+from tests.model.classic import CLASSES, answers_and_exported, random_detector
 
 HGNETS["matrix"] = HGNetTable(
     (8, 16), (StageRow(16, 8, 16, 1, False, False, 3, 1), StageRow(16, 16, 32, 1, True, False, 3, 1))
@@ -113,22 +112,8 @@ def teachers_of(recipe: Recipe, student: Detector) -> Teachers | None:
 @lru_cache(maxsize=1)
 def differences(config: ModelConfig) -> tuple[float, float]:
     """How far the exported graph's logits and boxes are from those of the detector."""
-    shipped = random_detector(config)
-    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-
-    class Answers(torch.nn.Module):
-        def __init__(self, model: Detector) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-            answers = self.model(images).matching
-            return answers.logits, answers.boxes
-
-    with torch.no_grad():
-        wanted = shipped(images).matching
-        logits, boxes = torch.export.export(Answers(shipped), (images,)).module()(images)
-    return float((logits - wanted.logits).abs().max()), float((boxes - wanted.boxes).abs().max())
+    (logits, boxes), (exported, found) = answers_and_exported(random_detector(config))
+    return float((exported - logits).abs().max()), float((found - boxes).abs().max())
 
 
 # pairs with one architecture stand beside one another, for it is exported once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from finedetr.recipes.deim import deim
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.matching import PerStage
 from finedetr.supervise.terms import Focal, QualityFocal
-from finedetr.train import loop
 from finedetr.train.checkpoint import load_state
 from finedetr.train.config import flatten, from_dict, to_dict
 from finedetr.train.folder import RunFolder
@@ -31,7 +29,7 @@ from finedetr.train.recipe import Recipe, Teaching
 from finedetr.train.session import Request, begin, resume
 from tests.distill.small import weights_of
 from tests.model.test_rtdetrv2 import TINY_RTDETR
-from tests.train.small import draw, small_recipe
+from tests.train.small import draw, small_recipe, stop_after
 
 BOTH = ("detrdistill", "od-detr")
 FROZEN = {"matching/layer1/LogitsDistillation", "matching/layer0/FeatureDistillation", "prior/layer1/BoxL1"}
@@ -135,14 +133,7 @@ def test_a_run_with_adapters_and_an_average_goes_on_exactly(
     data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ran(data, taught(*BOTH), tmp_path / "whole", teacher)
-    real = loop.Run._tell
-
-    def tell(self: loop.Run, *args: Any) -> None:
-        real(self, *args)
-        if self.progress.total == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop.Run, "_tell", tell)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         ran(data, taught(*BOTH), tmp_path / "cut", teacher)
     monkeypatch.undo()
@@ -168,14 +159,7 @@ def test_pictures_without_labels_take_part_and_a_run_with_them_goes_on_exactly(
     assert losses(whole)[0].keys() >= FROZEN | AVERAGE
     alone = losses(ran(data, replace(recipe, epochs=1), tmp_path / "alone", teacher))
     assert losses(whole)[0]["matching/layer1/LogitsDistillation"] != alone[0]["matching/layer1/LogitsDistillation"]
-    real = loop.Run._tell
-
-    def tell(self: loop.Run, *args: Any) -> None:
-        real(self, *args)
-        if self.progress.total == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop.Run, "_tell", tell)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         finedetr.train(data, out=tmp_path / "cut", **asked)  # type: ignore[arg-type]
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from PIL import Image
 from finedetr.data.dataset import COMMON, Dataset, Note, listed, unions
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, UsageError, did_you_mean
-from finedetr.files import fresh_stem
+from finedetr.files import fresh_stem, write_text
 
 __all__ = ["TARGETS", "convert", "deal"]
 
@@ -268,7 +268,9 @@ def write_coco(root: Path, data: Dataset, names: Sequence[str]) -> None:
     ]
     categories = [{"id": i, "name": n} for i, n in zip(data.categories.ids, data.categories.names, strict=True)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    write_text(root / "annotations" / f"instances_{data.split}.json", json.dumps(content, ensure_ascii=False))
+    write_text(
+        root / "annotations" / f"instances_{data.split}.json", json.dumps(content, ensure_ascii=False), durable=False
+    )
 
 
 def write_yolo(root: Path, data: Dataset, names: Sequence[str]) -> None:
@@ -282,14 +284,14 @@ def write_yolo(root: Path, data: Dataset, names: Sequence[str]) -> None:
             for label, row, crowd in zip(data.labels[rows].tolist(), values.tolist(), data.crowd[rows], strict=True)
             if not crowd
         ]
-        write_text(root / "labels" / data.split / f"{Path(name).stem}.txt", "".join(lines))
+        write_text(root / "labels" / data.split / f"{Path(name).stem}.txt", "".join(lines), durable=False)
 
 
 def write_yaml(root: Path, datasets: Sequence[Dataset]) -> None:
     """`data.yaml`."""
     content: dict[str, object] = {data.split: picture_folder("yolo", data.split) for data in datasets}
     content["names"] = dict(enumerate(datasets[0].categories.names))
-    write_text(root / "data.yaml", yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
+    write_text(root / "data.yaml", yaml.safe_dump(content, allow_unicode=True, sort_keys=False), durable=False)
 
 
 def write_voc(root: Path, data: Dataset, names: Sequence[str]) -> None:
@@ -311,9 +313,9 @@ def write_voc(root: Path, data: Dataset, names: Sequence[str]) -> None:
             tree.append(element("object", word, element("difficult", int(crowd)), place))
         ElementTree.indent(tree)
         text = ElementTree.tostring(tree, encoding="unicode")
-        write_text(root / "Annotations" / f"{Path(name).stem}.xml", text + "\n")
+        write_text(root / "Annotations" / f"{Path(name).stem}.xml", text + "\n", durable=False)
     stems = "".join(f"{Path(name).stem}\n" for name in names)
-    write_text(root / "ImageSets" / "Main" / f"{data.split}.txt", stems)
+    write_text(root / "ImageSets" / "Main" / f"{data.split}.txt", stems, durable=False)
 
 
 def element(name: str, *content: ElementTree.Element | str | int) -> ElementTree.Element:
@@ -341,9 +343,3 @@ def write_csv(root: Path, data: Dataset, names: Sequence[str]) -> None:
             for box, label, crowd in zip(boxes, data.labels[rows], data.crowd[rows], strict=True):
                 mark = [int(crowd)] if crowded else []
                 writer.writerow([path, *(f"{v:.10g}" for v in box), data.categories.names[label], *mark])
-
-
-def write_text(path: Path, text: str) -> None:
-    """A UTF-8 file, its folder made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
