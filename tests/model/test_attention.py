@@ -15,7 +15,8 @@ def test_the_sum_of_corners_equals_grid_sample_and_its_gradients() -> None:
     maps[0] = maps[0].to(memory_format=torch.channels_last)
     places = 1.6 * torch.rand(2, 7, 2, 6, 2, generator=generator) - 0.3  # some outside, some half outside
     places[0, 0, 0, :, 0] = torch.tensor([-5.0, 6.0, 0.0, 1.0, 0.5, 0.25])
-    weights = torch.rand(2, 7, 2, 6, generator=generator)
+    places = places.movedim(-1, 2).flatten(3)
+    weights = torch.rand(2, 7, 12, generator=generator)
     upstream = torch.randn(2, 7, 8, generator=generator)
     results = []
     for way in (attention._sum_of_corners, attention._sum_of_samples):
@@ -32,7 +33,7 @@ def test_a_place_that_is_no_number_reaches_the_answer() -> None:
     maps = [torch.rand(1, 8, h, w) for h, w in ((4, 4), (2, 2))]
     places = torch.rand(1, 3, 2, 3, 2)
     places[0, 1, 0, 2, 0] = torch.nan
-    out = attention._sum_of_corners(places, torch.rand(1, 3, 2, 3), tuple(maps))
+    out = attention._sum_of_corners(places.movedim(-1, 2).flatten(3), torch.rand(1, 3, 6), tuple(maps))
     assert out[0, 1, :4].isnan().all()  # the first head's half
     assert out[0, [0, 2]].isfinite().all()
 
@@ -49,8 +50,8 @@ def test_discrete_sampling_reads_one_cell_and_stays_on_the_map(size: tuple[int, 
         (7.0, 0.0): (width - 1, 0),
         (2.4 / width, 1.6 / height): (2, 2),
     }.items():
-        places = torch.tensor([x, y]).expand(1, 1, 2, 1, 2)
-        out = attention._sum_of_cells(places, torch.ones(1, 1, 2, 1), (level,))
+        places = torch.tensor([[x], [y]]).expand(1, 1, 2, 2)  # two heads, one point
+        out = attention._sum_of_cells(places, torch.ones(1, 1, 2), (level,))
         assert torch.equal(out[0, 0], level[0, :, row, column])
 
 

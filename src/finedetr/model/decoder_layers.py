@@ -163,7 +163,9 @@ class DecoderLayer(nn.Module):
             assert self.norm2 is not None
             x = self.norm2(x + seen)
         x = x + self._drop(self.linear2(self._drop(self._inner(x))))
-        out: Tensor = self.norm3(x.clamp(-_HALF_MAX, _HALF_MAX))
+        if x.dtype == torch.float16 or not self.training:  # no other type gets there; training would pay for it
+            x = x.clamp(-_HALF_MAX, _HALF_MAX)
+        out: Tensor = self.norm3(x)
         return out
 
     def _inner(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finedetr.errors import ConfigError
 from finedetr.model.attention import SelfAttention
 from finedetr.model.config import EncoderConfig
-from finedetr.model.layers import ConvNorm, kept
+from finedetr.model.layers import ConvNorm, join, kept
 from finedetr.model.token_encoders import DeformableEncoder, EncoderLayer, SingleEncoder
 
 __all__ = ["Halve", "HybridEncoder", "LiteEncoder", "RepConv", "build_encoder", "sine_positions"]
@@ -107,7 +107,7 @@ class RepNCSPELAN(nn.Module):
         """One feature map to the next."""
         halves = self.cv1(x)
         first = self.cv2(halves.chunk(2, dim=1)[1])
-        out: Tensor = self.cv4(torch.cat((halves, first, self.cv3(first)), dim=1))
+        out: Tensor = self.cv4(join((halves, first, self.cv3(first))))
         return out
 
 
@@ -187,7 +187,7 @@ class HybridEncoder(nn.Module):
         return tuple(outputs)
 
     def _join(self, moved: Tensor, here: Tensor) -> Tensor:
-        return moved + here if self.sums else torch.cat((moved, here), dim=1)
+        return moved + here if self.sums else join((moved, here))
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from finedetr.errors import ConfigError, did_you_mean
 from finedetr.model.config import BackboneConfig
-from finedetr.model.layers import Backbone, ConvNorm
+from finedetr.model.layers import Backbone, ConvNorm, join
 
 __all__ = ["HGNETS", "HGNet", "HGNetTable"]
 
@@ -87,7 +86,7 @@ class Stem(nn.Module):
         x = F.pad(self.stem1(x), (0, 1, 0, 1))
         convolved = self.stem2b(F.pad(self.stem2a(x), (0, 1, 0, 1)))
         pooled = F.max_pool2d(x, 2, 1)  # the official ceil_mode changes nothing at stride 1
-        out: Tensor = self.stem4(self.stem3(torch.cat((pooled, convolved), dim=1)))
+        out: Tensor = self.stem4(self.stem3(join((pooled, convolved))))
         return out
 
 
@@ -128,7 +127,7 @@ class Block(nn.Module):
         maps = [x]
         for layer in self.layers:
             maps.append(layer(maps[-1]))
-        out: Tensor = self.expand(self.squeeze(torch.cat(maps, dim=1)))
+        out: Tensor = self.expand(self.squeeze(join(maps)))
         return out + x if self.residual else out
 
 

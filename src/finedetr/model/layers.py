@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "LearnableAffine",
     "activation",
     "focal_bias",
+    "join",
     "kept",
 ]
 
@@ -61,6 +62,34 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
         return remembered(*args, **kwargs)  # type: ignore[arg-type]
 
     return table
+
+
+def join(maps: Sequence[Float[Tensor, "B _ H W"]]) -> Float[Tensor, "B D H W"]:
+    """Maps side by side, channel after channel."""
+    if maps[0].device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat(tuple(maps), dim=1)
+    out: Tensor = _Join.apply(*maps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Join(torch.autograd.Function):
+    """`torch.cat` whose gradients are tensors of their own.
+
+    The usual ones are views that skip the other maps' channels at each pixel. Whatever reads them next on a CPU takes
+    up to thirty times as long (relu's backward pass: 11 ms instead of 0.4).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.channels = [part.shape[1] for part in maps]
+        return torch.cat(maps, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        layout = (
+            torch.channels_last if grad.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+        return tuple(part.contiguous(memory_format=layout) for part in grad.split(ctx.channels, dim=1))
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -176,7 +205,8 @@ class ConvNorm(nn.Module):
             return out
         with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass on the CPU
             conv = self.conv
-            return F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+            out = F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+            return out.to(torch.get_autocast_dtype("cpu"))
 
     def _may_fold(self, x: Tensor) -> bool:
         # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
