@@ -22,6 +22,9 @@ def test_a_batch_that_cannot_be_divided_names_batches_that_can() -> None:
         (100, 2.0, 10.0, 50.0, 10),  # five seconds an epoch
         (6, 2.0, 10.0, 50.0, 6),  # never more than planned
         (100, 2.5, 100.0, 50.0, 3),  # too late: only to the end of this epoch
+        (100, 2.0, 10.0, 51.5, 11),  # a third of an eleventh, which the budget ends
+        (100, 2.0, 10.0, 51.0, 10),  # too little of it
+        (100, 2.0, 10.0, 19.0, 3),  # too few for that
         (100, 0.0, 0.0, 50.0, 100),
         (100, 0.5, 100.0, 10.0, 1),
     ],

@@ -11,6 +11,7 @@ __all__ = ["Budget", "epochs_in_time"]
 PROBE = 12  # steps after which the budget is first held against the speed
 WARMING = 2  # steps at the beginning of a process that say nothing about the speed
 MARGIN = 0.97  # of the budget is planned for
+CUT = 0.25  # the least part of a last epoch that is worth beginning
 
 
 class Budget:
@@ -61,4 +62,8 @@ def epochs_in_time(planned: int, done: float, spent: float, budget: float) -> in
     """
     if done <= 0 or spent <= 0:
         return planned
-    return max(1, math.ceil(done - 1e-9), min(planned, math.floor(budget / spent * done)))
+    fit = budget / spent * done
+    epochs = math.floor(fit)
+    if epochs >= 4 and fit - epochs >= CUT:
+        epochs += 1
+    return max(1, math.ceil(done - 1e-9), min(planned, epochs))
