@@ -1,11 +1,12 @@
 """What each part of SD-DETR is worth at equal steps on drawn pictures; and D-FINE's boxes on Deformable DETR.
 
-    python -m benchmarks.sd_table --out FOLDER [--steps 1500 --seeds 3 --minutes 60 --rows ROW ...]
+    python -m benchmarks.sd_table --out FOLDER [--steps 1500 --seeds 3 --minutes 60 --rows ROW ... --backbone RUN]
 
-Small forms of three hosts on the demo's backbone are trained from random weights, every row for equal steps with one
-seed after the other: round by round, so that a table that is stopped has as many seeds of one row as of another. Every
-run is what `finedetr train` does, on one thread; what counts is AP of the moving average after the last step. FOLDER
-keeps what is done, so the same command goes on.
+Small forms of three hosts on the demo's backbone are trained from random weights, or (`--backbone runs/demo`) with the
+backbone of a trained detector, as the papers begin with ImageNet's; every row for equal steps with one seed after the
+other: round by round, so that a table that is stopped has as many seeds of one row as of another. Every run is what
+`finedetr train` does, on one thread; what counts is AP of the moving average after the last step. FOLDER keeps what is
+done, so the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ import torch
 from finedetr.cli.demo import demo_model, demo_recipe
 from finedetr.data.drawing import draw_dataset
 from finedetr.model.config import ModelConfig
+from finedetr.model.foreign_names import official_names
+from finedetr.model.weights import load_weights
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
 from finedetr.train.distributed import keep_freed_memory
+from finedetr.train.folder import find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin
 
@@ -70,7 +74,7 @@ def host(recipe: str) -> ModelConfig:
     )
 
 
-def recipe_of(row: str, steps: int, seed: int) -> Recipe:
+def recipe_of(row: str, steps: int, seed: int, pretrained: bool, lr: float) -> Recipe:
     """The host's own objective with what is on top, and the demo's pictures and schedule."""
     name, extras = ROWS[row]
     made, demo = build(host(name), name, extras, random_start=True), demo_recipe(0)
@@ -81,11 +85,11 @@ def recipe_of(row: str, steps: int, seed: int) -> Recipe:
         size=(SIDE, SIDE),
         epochs=-(-steps // (TRAIN // (demo.batch or 8))),
         batch=demo.batch,
-        lr=demo.lr if name == "dfine" else 5e-4,
+        lr=demo.lr if name == "dfine" else lr,
         seed=seed,
         workers=0,
         schedule=replace(demo.schedule, curve="flat-cosine", flat=0.55, plain=0.95),
-        optimizer=replace(made.optimizer, betas=demo.optimizer.betas, backbone=1.0),
+        optimizer=replace(made.optimizer, betas=demo.optimizer.betas, backbone=0.1 if pretrained else 1.0),
         denoising=demo.denoising,
         augmentation=demo.augmentation,
         evaluating=replace(demo.evaluating, every=1000),
@@ -101,11 +105,21 @@ def label_weights(recipe: Recipe) -> dict[str, float]:
 def measure(args: argparse.Namespace, row: str, seed: int, data: Path) -> dict[str, float]:
     """One run of one row."""
     folder, begun = args.out / "run", time.monotonic()
-    result = begin(Request(data, recipe_of(row, args.steps, seed), folder, device="cpu", overwrite=True, quiet=True))
+    backbone = args.out / "backbone.pth" if args.backbone else None
+    recipe = recipe_of(row, args.steps, seed, pretrained=backbone is not None, lr=args.lr)
+    result = begin(Request(data, recipe, folder, None, backbone, device="cpu", overwrite=True, quiet=True))
     assert result.evaluation is not None
     seconds = time.monotonic() - begun
     shutil.rmtree(folder)
     return {"ap": result.evaluation.ap, "ap50": result.evaluation.ap50, "steps": result.steps, "seconds": seconds}
+
+
+def write_backbone(run: str, path: Path) -> None:
+    """The backbone of a trained detector as a file of its own, under the official names."""
+    detector, _ = load_weights(find_weights(run))
+    own = detector.backbone.state_dict()
+    names = {key: official_names(f"backbone.{key}", detector.config)[0].removeprefix("backbone.") for key in own}
+    torch.save({names[key]: tensor for key, tensor in own.items()}, path)
 
 
 def table(done: dict[str, list[dict[str, float]]]) -> str:
@@ -132,6 +146,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of the hosts other than D-FINE")
+    parser.add_argument("--backbone", metavar="RUN", help="a trained detector with the demo's backbone")
     args = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(1)
@@ -139,6 +155,8 @@ def main() -> None:
     data = args.out / "drawings"
     if not data.is_dir():
         draw_dataset(data, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=0)
+    if args.backbone:
+        write_backbone(args.backbone, args.out / "backbone.pth")
     note = args.out / f"table-{args.steps}.json"
     done: dict[str, list[dict[str, float]]] = json.loads(note.read_text()) if note.is_file() else {}
     for seed in range(args.seeds):
