@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -409,3 +410,15 @@ def test_a_dry_run_counts_pictures_without_labels(data: Path, capsys: pytest.Cap
     assert "PredictionDistillation" in said["objective"]
     assert main([*words[:4], "--unlabelled", str(data / "val"), *TINY]) == 2
     assert "no teacher says anything" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["models"]])
+def test_a_reader_that_has_had_enough_is_no_error(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "finedetr", *words]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -33,6 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(words)
+        sys.stdout.flush()  # here, and not when the interpreter ends and can only print a traceback
+    except BrokenPipeError:  # the reader of stdout has had enough, as `head` has
+        with suppress(OSError):
+            sys.stdout.close()
+        return 0
+    return status
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -54,10 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped = RunError("stopped by Ctrl-C", code="interrupted")
         stopped.exit = 130
         return _fail(verb, stopped, as_json)
-    except BrokenPipeError:  # the reader of stdout has had enough
-        with suppress(OSError):
-            sys.stdout.close()
-        return 0
+    except BrokenPipeError:
+        raise
     except MemoryError:
         return _fail(verb, RunError("out of memory", code="oom", hint="Use a smaller --batch or --size."), as_json)
     except RuntimeError as error:
