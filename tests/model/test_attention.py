@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finedetr.model.attention import DeformableAttention
+from finedetr.model.corners import sum_of_corners
+from finedetr.model.deformable import DeformableAttention
 
 
 def test_the_sum_of_corners_equals_grid_sample_and_its_gradients() -> None:
@@ -19,21 +20,21 @@ def test_the_sum_of_corners_equals_grid_sample_and_its_gradients() -> None:
     weights = torch.rand(2, 7, 12, generator=generator)
     upstream = torch.randn(2, 7, 8, generator=generator)
     results = []
-    for way in (attention._sum_of_corners, attention._sum_of_samples):
+    for fast in (True, False):
         inputs = [t.clone().requires_grad_() for t in (places, weights, *maps)]
-        out = way(inputs[0], inputs[1], tuple(inputs[2:]))
+        given = (inputs[0], inputs[1], tuple(inputs[2:]))
+        out = sum_of_corners(*given, attention.points, attention.heads) if fast else attention._sum_of_samples(*given)
         out.backward(upstream)
         results.append([out, *(t.grad for t in inputs)])
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, atol=2e-6, rtol=1e-4)
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-4)
 
 
 def test_a_place_that_is_no_number_reaches_the_answer() -> None:
-    attention = DeformableAttention(8, 2, (2, 1))
     maps = [torch.rand(1, 8, h, w) for h, w in ((4, 4), (2, 2))]
     places = torch.rand(1, 3, 2, 3, 2)
     places[0, 1, 0, 2, 0] = torch.nan
-    out = attention._sum_of_corners(places.movedim(-1, 2).flatten(3), torch.rand(1, 3, 6), tuple(maps))
+    out = sum_of_corners(places.movedim(-1, 2).flatten(3), torch.rand(1, 3, 6), tuple(maps), (2, 1), 2)
     assert out[0, 1, :4].isnan().all()  # the first head's half
     assert out[0, [0, 2]].isfinite().all()
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from finedetr.model.attention import DeformableAttention, SelfAttention
+from finedetr.model.attention import SelfAttention
 from finedetr.model.conditional import ConditionalAttention, Shown
 from finedetr.model.config import DecoderConfig
+from finedetr.model.deformable import DeformableAttention
 from finedetr.model.layers import activation
 
 __all__ = ["Both", "DecoderLayer", "Seeds", "SplitLayer", "of_both"]

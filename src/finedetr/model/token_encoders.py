@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from finedetr.model.attention import DeformableAttention, SelfAttention
+from finedetr.model.attention import SelfAttention
 from finedetr.model.config import EncoderConfig
+from finedetr.model.deformable import DeformableAttention
 from finedetr.model.layers import MLP, activation, kept
 from finedetr.model.sines import SineMap
 

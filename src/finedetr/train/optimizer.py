@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finedetr.errors import ConfigError
-from finedetr.model.attention import DeformableAttention
+from finedetr.model.deformable import DeformableAttention
 from finedetr.model.layers import LearnableAffine
 from finedetr.model.queries import LearnedPoints
 
