@@ -422,3 +422,16 @@ def test_a_reader_that_has_had_enough_is_no_error(words: list[str]) -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_dry_run_says_what_a_split_decoder_costs(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--data", str(data), "--dry-run", "--json", *TINY]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["price"] is None
+    assert main([*words, "--with", "sd-split"]) == 0
+    price = json.loads(capsys.readouterr().out)["result"]["price"]
+    assert set(price) == {"parameters", "gflops", "milliseconds"}
+    assert all(0 < host < split for host, split in (price["parameters"], price["gflops"]))
+    assert all(time > 0 for time in price["milliseconds"])
+    assert main([word for word in [*words, "--with", "sd-split"] if word != "--json"]) == 0
+    assert "ms a picture here" in capsys.readouterr().out

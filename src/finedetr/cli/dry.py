@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from finedetr.data.balance import repeat_factors
-from finedetr.model.cost import count_operations
+from finedetr.model.cost import count_operations, latencies
 from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
 from finedetr.model.weights import read_card
 from finedetr.train.config import flatten, to_dict
+from finedetr.train.distributed import choose_device
 from finedetr.train.plan import Plan
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, balance_line, unlabelled_line
@@ -43,7 +44,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         with torch.device("meta"):
             card = read_card(request.teacher)
             memory += 4 * sum(p.numel() for p in Detector(card.config, len(card.names)).parameters())
-    cost = price(recipe, len(data.train.categories))
+    cost = price(recipe, len(data.train.categories), choose_device(request.device))
     values = flatten(to_dict(recipe))
     layers = [flatten(to_dict(each)) for each in (request.recipe, base, made)]
     origins = {key: _origin(key, value, layers, recipe.name) for key, value in values.items()}
@@ -92,27 +93,32 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
     return document, "\n".join(lines)
 
 
-def price(recipe: Recipe, classes: int) -> dict[str, list[float]] | None:
-    """Parameters and GFLOPs of the host and of the detector that its split decoder makes of it; None: it is whole."""
+def price(recipe: Recipe, classes: int, device: torch.device) -> dict[str, list[float]] | None:
+    """What the host costs, and the detector that its split decoder makes of it, with random weights; None: it is whole.
+
+    Parameters, GFLOPs, and milliseconds of one picture's forward pass on the device.
+    """
     host = recipe.model.whole
     if host == recipe.model:
         return None
-    with torch.device("meta"):
-        both = [deployed(Detector(config, classes)) for config in (host, recipe.model)]
+    both = [deployed(Detector(config, classes)).eval().to(device) for config in (host, recipe.model)]
     return {
         "parameters": [sum(p.numel() for p in detector.parameters()) for detector in both],
         "gflops": [count_operations(detector, recipe.size) / 1e9 for detector in both],
+        "milliseconds": [1000 * seconds for seconds in latencies([*both], recipe.size, device)],
     }
 
 
 def _price_line(found: dict[str, list[float]] | None) -> list[str]:
     if found is None:
         return []
-    (host, split), (before, after) = ([n / 1e6 for n in found["parameters"]], found["gflops"])
-    return [
-        f"price      {host:.1f} -> {split:.1f} M parameters ({split / host - 1:+.0%}), {before:.1f} -> {after:.1f} "
-        f"GFLOPs ({after / before - 1:+.0%}), against the host whose decoder is whole"
-    ]
+    rows = (
+        ("M parameters", [number / 1e6 for number in found["parameters"]]),
+        ("GFLOPs", found["gflops"]),
+        ("ms a picture here", found["milliseconds"]),
+    )
+    said = ", ".join(f"{host:.1f} -> {split:.1f} {what} ({split / host - 1:+.0%})" for what, (host, split) in rows)
+    return [f"price      {said}, against the host whose decoder is whole"]
 
 
 def expected_memory(recipe: Recipe, classes: int, beside: int = 0) -> int:
