@@ -484,6 +484,7 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, name: str, monkey
 
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)  # Python 3.10's keeps an io.open of its own
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         open_dataset(tmp_path)
 
