@@ -140,7 +140,7 @@ class _WeightedCorners(torch.autograd.Function):
         constants = _constants(ctx.grid, values.shape[0], values.device)
         # Aᵀ: places in the order of their cells; the other corners are the same list, moved
         order = row.flatten().sort().indices
-        queries = _queries(row.numel(), points, row.device).index_select(0, order)
+        queries = torch.arange(grad.shape[0])[:, None].expand(-1, points).flatten().index_select(0, order)
         counts = torch.bincount(row.flatten(), minlength=table.shape[0])
         starts = counts.cumsum(0) - counts
         bounds = torch.arange(0, row.numel() + 1, points, dtype=torch.int32)
@@ -168,12 +168,6 @@ class _WeightedCorners(torch.autograd.Function):
 
 
 _CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (down, right) of the upper left one
-
-
-@kept
-def _queries(places: int, points: int, device: torch.device) -> Tensor:
-    """Which output row each place belongs to."""
-    return torch.arange(places, device=device) // points
 
 
 def _tables(table: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
