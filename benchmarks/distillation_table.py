@@ -1,15 +1,17 @@
 """What each part of DETRDistill and OD-DETR is worth at equal steps of the student.
 
     python -m benchmarks.distillation_table --out FOLDER [--data drawings --warm 750 --steps 125 --seeds 3]
-    python -m benchmarks.distillation_table --out FOLDER --data ../shared/data/dice --size 416 416 \
-        --rows alone logits features prior detrdistill --device cuda
+    python -m benchmarks.distillation_table --out FOLDER --data ../shared/data/dice --size 320 320 --teacher RUN \
+        --crop .6 --quarter-turns .75 --warm 1000 --steps 200 --precision bf16
+    python -m benchmarks.distillation_table --out FOLDER --start random --steps 750 --rows alone detrdistill od-detr
     python -m benchmarks.distillation_table --list
 
-Trains a teacher (once for a data set, or takes `--teacher`) and a smaller student alone (once, or takes `--start`: from
-random weights all rows would be noise for as long as this takes). From that student on, every row goes on for equal
-steps, with one seed after the other: round by round, so that a table that is stopped has as many seeds of one row as of
-another. Every run is what `finedetr train` does; what counts is AP of the moving average after the last step. Each run
-is added to FOLDER/runs.json when it ends, and the same command goes on where it stopped. The table is also written to
+Trains a teacher (once for a data set, or takes `--teacher`) and a smaller student alone (once, or takes `--start`;
+`--start random`: every row begins with random weights of its seed). From that student on, every row goes on for equal
+steps, with one seed after the other: round by round, so that a table that is stopped has as many seeds of one row as
+of another. Processes with rows of their own may share FOLDER once its teacher and student are there. Every run is what
+`finedetr train` does; what counts is AP of the moving average after the last step. Each run is added to
+FOLDER/runs.json when it ends, and the same command goes on where it stopped. The table is also written to
 FOLDER/table.md.
 """
 
@@ -155,6 +157,7 @@ class Bench:
             lr=args.lr,
             workers=args.workers,
             precision=args.precision,
+            augmentation=replace(demo.augmentation, crop=args.crop, quarter_turns=args.quarter_turns),
         )
 
     def weights(self, given: str | None, name: str, recipe: Callable[[], Recipe]) -> Path:
@@ -166,7 +169,7 @@ class Bench:
             begin(Request(self.data, recipe(), run.root, device=self.args.device, overwrite=True))
         return run.best_weights
 
-    def measure(self, row: str, seed: int, teacher: Path, start: Path) -> dict[str, Any]:
+    def measure(self, row: str, seed: int, teacher: Path, start: Path | None) -> dict[str, Any]:
         """One run of one row."""
         _, paper, parts = ROWS[row]
         recipe = self.student_recipe(self.args.steps, seed, paper)
@@ -178,7 +181,7 @@ class Bench:
         assert result.evaluation is not None
         shutil.rmtree(folder)
         return {
-            **{"data": self.folder.name, "row": row, "seed": seed, "steps": self.args.steps},
+            **{"data": self.folder.name, "row": row, "seed": seed, "steps": self.args.steps, "start": str(start)},
             **{"model": recipe.model.name, "teacher": str(teacher)},
             **{"ap": result.evaluation.ap, "ap50": result.evaluation.ap50},
             "seconds_a_step": (time.monotonic() - begun) / result.steps,
@@ -222,7 +225,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", help="weights; unset: trained here")
     parser.add_argument("--teacher-minutes", type=float, default=18)
     parser.add_argument("--teacher-model", help="of the table of models; unset: the demo's with a third layer")
-    parser.add_argument("--start", help="weights that all rows begin with; unset: trained here")
+    parser.add_argument("--start", help="weights that all rows begin with, or random; unset: trained here")
+    parser.add_argument("--crop", type=float, default=0.0, help="share of pictures that are cropped")
+    parser.add_argument("--quarter-turns", type=float, default=0.0, help="share of pictures that are turned")
     parser.add_argument("--model", help="the student, of the table of models; unset: half of the demo's")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -250,22 +255,28 @@ def main() -> None:
             draw_dataset(data, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=0)
     bench = Bench(args, data, max(len(open_dataset(data, "train")) // args.batch, 1))
     teacher = bench.weights(args.teacher, "teacher", lambda: bench.teacher_recipe(60 * args.teacher_minutes))
-    start = bench.weights(args.start, "student", lambda: bench.student_recipe(args.warm, 1000, "dfine"))
+    start = None
+    if args.start != "random":
+        start = bench.weights(args.start, "student", lambda: bench.student_recipe(args.warm, 1000, "dfine"))
     note = args.out / "runs.json"
-    runs: list[dict[str, Any]] = json.loads(note.read_text()) if note.is_file() else []
+
+    def done() -> list[dict[str, Any]]:
+        return json.loads(note.read_text()) if note.is_file() else []
+
     place = {"data": bench.folder.name, "steps": args.steps}
     for seed in range(args.seeds):
         for row in args.rows:
             wanted = {**place, "row": row, "seed": seed}
-            if any(wanted.items() <= run.items() for run in runs):
+            if any(wanted.items() <= run.items() for run in done()):
                 continue
             if time.monotonic() - begun > 60 * args.minutes:
                 return
-            runs.append(bench.measure(row, seed, teacher, start))
+            run = bench.measure(row, seed, teacher, start)
+            runs = [*done(), run]  # read again: another process may have added its own
             note.write_text(json.dumps(runs, indent=1))
             (args.out / "table.md").write_text(table(runs))
-            print(runs[-1], flush=True)
-    print(table(runs))
+            print(run, flush=True)
+    print(table(done()))
 
 
 if __name__ == "__main__":
