@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finedetr.data.drawing import draw_dataset
 from finedetr.recipes import build
 from finedetr.train.recipe import Recipe
 from tests.train.tiny import TINY
+
+if TYPE_CHECKING:  # the program that is killed needs none
+    import pytest
 
 
 def draw(folder: Path, train: int = 12, val: int = 3) -> Path:
@@ -42,7 +45,7 @@ def small_recipe(**changes: Any) -> Recipe:
     return replace(recipe, **changes)
 
 
-def stop_after(monkeypatch: Any, steps: int, number: signal.Signals = signal.SIGINT) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGINT) -> None:
     """Somebody stops the run of a test right after so many steps."""
     from finedetr.train import loop
 

@@ -13,9 +13,10 @@ import torch
 from finedetr.errors import ConfigError, DataError, DivergedError, Interrupted, ModelError, UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.train import loop
+from finedetr.train.budget import MARGIN
 from finedetr.train.checkpoint import load_state
 from finedetr.train.folder import RunFolder
-from finedetr.train.log import Reporter, clock
+from finedetr.train.log import Reporter, Stopwatch, clock
 from finedetr.train.session import Request, begin, open_data, resume, saved_recipe
 from tests.train.small import draw, small_recipe, stop_after
 
@@ -151,6 +152,20 @@ def test_a_time_budget_shortens_the_run_and_its_schedule(data: Path, tmp_path: P
         resume(tmp_path / "a", device="cpu", quiet=True)
     longer = replace(saved_recipe(folder)[0], max_time=result.seconds + 1.5)
     assert resume(tmp_path / "a", longer, device="cpu", quiet=True).epochs > result.epochs
+
+
+def test_a_time_budget_cuts_a_last_epoch_whose_greater_part_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw(tmp_path / "data", train=12, val=1)
+    seconds = {"step": 1.0, "evaluation": 0.25}  # by a clock of the test: three steps and an evaluation an epoch
+    monkeypatch.setattr(Stopwatch, "lap", lambda self, name: seconds.get(name, 0.0))
+    folder = RunFolder(tmp_path / "a")
+    begin(request(data, folder.root, epochs=100, max_time=18.4 / MARGIN))  # 5.7 epochs
+    progress = load_state(folder.last)["progress"]
+    assert (progress["epochs"], progress["epoch"], progress["total"]) == (6, 6, 17)
+    assert progress["seconds"] == 17 + 6 * 0.25 < 18.4 / MARGIN
+    assert "the time budget is spent" in folder.log.read_text()
 
 
 def test_a_run_that_its_time_budget_ends_is_evaluated_all_the_same(data: Path, tmp_path: Path) -> None:

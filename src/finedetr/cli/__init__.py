@@ -65,7 +65,7 @@ def _run(words: list[str]) -> int:
         stopped = RunError("stopped by Ctrl-C", code="interrupted")
         stopped.exit = 130
         return _fail(verb, stopped, as_json)
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, too, but no failure of ours: `main` ends quietly
         raise
     except MemoryError:
         return _fail(verb, RunError("out of memory", code="oom", hint="Use a smaller --batch or --size."), as_json)

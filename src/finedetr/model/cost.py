@@ -48,8 +48,8 @@ def latencies(models: list[nn.Module], size: tuple[int, int], device: torch.devi
         for place, model in enumerate(models):
             start = time.perf_counter()
             model(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             if index:
                 least[place] = min(least[place], time.perf_counter() - start)
         begun = begun or time.perf_counter()

@@ -163,8 +163,9 @@ class DecoderLayer(nn.Module):
         else:
             assert self.norm2 is not None
             x = self.norm2(x + seen)
-        x = x + self._drop(self.linear2(self._drop(self._inner(x))))
-        if x.dtype == torch.float16 or not self.training:  # no other type gets there; training would pay for it
+        thought = self._drop(self.linear2(self._drop(self._inner(x))))
+        x = x + thought  # wider than `thought` under autocast
+        if thought.dtype == torch.float16 or not self.training:  # no other type gets there; training would pay for it
             x = x.clamp(-_HALF_MAX, _HALF_MAX)
         out: Tensor = self.norm3(x)
         return out

@@ -11,6 +11,7 @@ __all__ = ["Budget", "epochs_in_time"]
 PROBE = 12  # steps after which the budget is first held against the speed
 WARMING = 2  # steps at the beginning of a process that say nothing about the speed
 MARGIN = 0.97  # of the budget is planned for
+WHOLE = 4  # epochs before one that the budget may cut: a shorter run would lose too much of its schedule
 CUT = 0.25  # the least part of a last epoch that is worth beginning
 
 
@@ -25,9 +26,16 @@ class Budget:
         self.seconds = seconds * MARGIN
         self._warm: tuple[int, float] | None = None  # (steps, seconds) when this process had warmed up
 
-    def is_spent(self, p: Progress, seconds: float) -> bool:
-        """Whether an epoch must be left before its end, so that there is time for a last evaluation."""
-        return bool(self.seconds) and seconds + p.evaluating > self.seconds and p.step < p.steps
+    def is_spent(self, p: Progress, seconds: float, evaluation: float) -> bool:
+        """Whether an epoch must be left before its end, so that there is time for a last evaluation.
+
+        Args:
+            p: Where the run stands; what the last evaluation took counts, if there was one.
+            seconds: Spent so far, the same number in all processes.
+            evaluation: What an evaluation is guessed to take, in steps.
+        """
+        last = p.evaluating or evaluation * seconds / max(p.total, 1)
+        return bool(self.seconds) and seconds + last > self.seconds and p.step < p.steps
 
     def first_guess(self, p: Progress, seconds: float, evaluation: float) -> int | None:
         """Epochs that fit, by the speed of the first steps; None but for the one step after which that is asked.
@@ -35,7 +43,7 @@ class Budget:
         Args:
             p: Where the run stands.
             seconds: Spent so far, the same number in all processes.
-            evaluation: What the evaluations add to an epoch, in steps.
+            evaluation: What evaluations are guessed to add to an epoch, in steps.
         """
         if not self.seconds:
             return None
@@ -64,6 +72,6 @@ def epochs_in_time(planned: int, done: float, spent: float, budget: float) -> in
         return planned
     fit = budget / spent * done
     epochs = math.floor(fit)
-    if epochs >= 4 and fit - epochs >= CUT:
+    if epochs >= WHOLE and fit - epochs >= CUT:
         epochs += 1
     return max(1, math.ceil(done - 1e-9), min(planned, epochs))

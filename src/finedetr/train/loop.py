@@ -285,14 +285,14 @@ class Run:
     def _time_changes_the_plan(self, seconds: float) -> bool:
         """Whether the epoch must be left: the budget is spent, or the first steps show that fewer epochs fit."""
         p, recipe = self.progress, self.recipe
-        if self.budget.is_spent(p, seconds):
+        pictures = 0 if self.data.val is None else len(self.data.val)
+        # until one was measured: a picture costs a third in an evaluation of what it costs in a step
+        evaluation = pictures / (3 * (recipe.batch or 1))
+        if self.budget.is_spent(p, seconds, evaluation):
             self.out_of_time = True
             self.reporter.line("the time budget is spent: the run ends here")
             return True
-        pictures = 0 if self.data.val is None else len(self.data.val)
-        # until one was measured: a picture costs a third in an evaluation of what it costs in a step
-        evaluation = pictures / (3 * (recipe.batch or 1)) / recipe.evaluating.every
-        epochs = self.budget.first_guess(p, seconds, evaluation)
+        epochs = self.budget.first_guess(p, seconds, evaluation / recipe.evaluating.every)
         return epochs is not None and self._shorten(epochs)
 
     def _epochs_in_time(self) -> int:
