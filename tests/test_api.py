@@ -8,6 +8,7 @@ import torch
 
 import finedetr
 from finedetr.errors import DataError, ModelError, UsageError
+from finedetr.model.zoo import variant
 from finedetr.train.recipe import Recipe
 from tests.train.conftest import one_thread as one_thread
 from tests.train.small import draw, small_recipe
@@ -113,5 +114,8 @@ def test_errors_of_the_front_door_are_ours(tmp_path: Path) -> None:
         finedetr.load(tmp_path)
     with pytest.raises(UsageError, match="no model is called 'dfine-z'"):
         finedetr.train("x", "dfine-z")
+    for wrong in (variant("dfine-n"), 3, ["dfine-n"]):
+        with pytest.raises(UsageError, match="the name of a model is wanted"):
+            finedetr.train("x", wrong)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         finedetr.trian  # noqa: B018

@@ -131,10 +131,15 @@ def test_a_host_with_papers_takes_a_step_and_is_shipped(host: str, papers: str) 
     sources = tuple(partial(source, student=recipe.model) for source in recipe.sources)
     if recipe.denoise:
         sources = (lambda targets, _: recipe.denoising(targets, CLASSES), *sources)
-    losses = step(student, *batch(), sources, recipe.objective, Precision("bf16", torch.device("cpu")), teachers)
-    losses.total.backward()
-    assert all(map(torch.isfinite, losses.values()))
-    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    learning: list[set[str]] = []
+    for precision in ("fp32", "bf16"):
+        student.zero_grad()
+        losses = step(student, *batch(), sources, recipe.objective, Precision(precision, torch.device("cpu")), teachers)
+        losses.total.backward()
+        assert all(map(torch.isfinite, losses.values()))
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        learning.append(set(gradients))
+    assert learning[0] == learning[1]
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     parts = ("backbone", "encoder", "selection", "decoder.layers.0", "decoder.layers.1", "decoder.score_heads")
     assert all(any(name.startswith(part) and g.any() for name, g in gradients.items()) for part in parts)

@@ -167,6 +167,30 @@ def test_pictures_without_labels_take_part_and_a_run_with_them_goes_on_exactly(
     assert losses(RunFolder(tmp_path / "cut")) == losses(whole)
 
 
+def test_a_resumed_run_says_that_pictures_without_labels_came_or_went(
+    data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = draw(tmp_path / "more", train=2, val=1) / "train"
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        finedetr.train(
+            data,
+            recipe=taught("detrdistill"),
+            out=tmp_path / "a",
+            teacher=teacher,
+            unlabelled=more,
+            device="cpu",
+            quiet=True,
+        )
+    monkeypatch.undo()
+    picture = next(more.iterdir())
+    picture.with_stem("another").write_bytes(picture.read_bytes())
+    finedetr.resume(tmp_path / "a", device="cpu", quiet=True)
+    said = RunFolder(tmp_path / "a").log.read_text()
+    assert "had 2 pictures without labels and has 3 now" in said
+    assert "pictures for training and has" not in said
+
+
 def test_pictures_without_labels_need_a_teacher_and_a_folder(data: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no teacher says anything about them"):
         Request(data, taught(), tmp_path / "a", unlabelled=tmp_path)

@@ -26,6 +26,7 @@ __all__ = [
     "focal_bias",
     "join",
     "kept",
+    "without_gradient",
 ]
 
 P = ParamSpec("P")
@@ -62,6 +63,26 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
         return remembered(*args, **kwargs)  # type: ignore[arg-type]
 
     return table
+
+
+def without_gradient() -> torch.no_grad:
+    """`torch.no_grad` for modules that are asked with a gradient, too, in the same forward pass.
+
+    Autocast keeps the halves that it makes of weights until the pass ends. In torch 2.8 (not in 2.13) one made without
+    a gradient serves later calls as well, and the weights never learn.
+    """
+    return torch.no_grad() if torch.compiler.is_compiling() else _Untracked()
+
+
+class _Untracked(torch.no_grad):
+    def __enter__(self) -> None:
+        self._cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_autocast_cache_enabled(self._cache)
 
 
 def join(maps: Sequence[Float[Tensor, "B _ H W"]]) -> Float[Tensor, "B D H W"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finedetr.model.config import DecoderConfig
 from finedetr.model.decoder_layers import Seeds
-from finedetr.model.layers import MLP, focal_bias, kept
+from finedetr.model.layers import MLP, focal_bias, kept, without_gradient
 from finedetr.model.salient import MiniDetector, SalientPoints, level_maps
 from finedetr.model.sines import sine_code
 
@@ -100,7 +100,7 @@ class QuerySelection(nn.Module):
             return self._proposed(memory, anchors)
         # Ranking needs no gradient. Only the chosen tokens go through the heads a second time, with one: the same
         # gradient as through all tokens, for a fraction of the backward pass.
-        with torch.no_grad():
+        with without_gradient():
             embedded = self.norm(self.proj(memory))
             tokens = self._best(self.score_head(embedded).amax(dim=-1))
         content = self.norm(self.proj(_pick(memory, tokens)))

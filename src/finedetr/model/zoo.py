@@ -284,8 +284,14 @@ def variant(name: str) -> ModelConfig:
     """The configuration of a named variant.
 
     Raises:
-        UsageError: The name is not in the table; the message suggests the closest ones.
+        UsageError: It is no name, or not in the table; the message suggests the closest ones.
     """
+    if not isinstance(name, str):
+        raise UsageError(
+            f"the name of a model is wanted, {type(name).__name__} came",
+            code="type",
+            hint="`finedetr models` lists them; a configuration goes into recipe=replace(build(...), model=...).",
+        )
     if name not in ZOO:
         raise UsageError(f"no model is called {name!r}", code="unknown_model", hint=did_you_mean(name, ZOO))
     return ZOO[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -250,11 +250,12 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            if where["pictures"] != len(opened.train):
-                reporter.warn(
-                    f"the data had {where['pictures']} pictures for training and has {len(opened.train)} now: the run "
-                    "goes on, but not as it would have gone on"
-                )
+            for kind, before, now in _counts(where, opened):
+                if before != now:
+                    reporter.warn(
+                        f"the data had {before} pictures {kind} and has {now} now: the run goes on, but not as it "
+                        "would have gone on"
+                    )
             run = Run(recipe, opened, folder, world, reporter, teacher=teacher, callbacks=callbacks)
             try:
                 run.resume()
@@ -264,6 +265,15 @@ def resume(
             if world.main and recipe != saved:
                 folder.write_json(folder.config, {**folder.read_json(folder.config), "recipe": to_dict(recipe)})
             return _through(run, reporter)
+
+
+def _counts(where: Mapping[str, Any], data: Data) -> list[tuple[str, int, int]]:
+    """(which pictures, how many there were when the run began, how many there are)."""
+    beside = len(data.unlabelled) if data.unlabelled else 0
+    return [
+        ("for training", where["pictures"], len(data.train)),
+        ("without labels", where.get("unlabelled", beside), beside),  # a run begun before it was noted has none
+    ]
 
 
 def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
@@ -276,6 +286,7 @@ def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     try:
         recipe, data = document["recipe"], document["data"]
         wanted = {key: data[key] for key in ("path", "train", "val", "layout", "skip_missing", "pictures")}
+        wanted |= {key: data[key] for key in ("unlabelled",) if key in data}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
     return from_dict(recipe, str(folder.config)), wanted
@@ -399,6 +410,7 @@ def _write_config(folder: RunFolder, request: Request, recipe: Recipe, data: Dat
             "layout": request.layout,
             "skip_missing": request.skip_missing,
             "pictures": len(data.train),
+            "unlabelled": len(data.unlabelled) if data.unlabelled else 0,
         },
         "weights": str(request.weights) if request.weights else None,
         "backbone_weights": str(request.backbone_weights) if request.backbone_weights else None,
