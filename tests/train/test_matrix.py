@@ -122,7 +122,7 @@ def differences(config: ModelConfig) -> tuple[float, float]:
     sorted(PAIRS, key=lambda pair: (pair[0], "fdr" in pair[1], "sd" in pair[1])),
     ids=lambda said: said.replace(" ", "+") or "alone",
 )
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # the root-mean-square norm's on a CPU
+@pytest.mark.filterwarnings("error:Mismatch dtype between input and weight")  # torch's root-mean-square norm
 def test_a_host_with_papers_takes_a_step_and_is_shipped(host: str, papers: str) -> None:
     recipe = recipe_of(host, papers)
     assert from_dict(to_dict(recipe)) == recipe

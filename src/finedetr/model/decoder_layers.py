@@ -15,7 +15,7 @@ from finedetr.model.attention import SelfAttention
 from finedetr.model.conditional import ConditionalAttention, Shown
 from finedetr.model.config import DecoderConfig
 from finedetr.model.deformable import DeformableAttention
-from finedetr.model.layers import activation
+from finedetr.model.layers import RMSNorm, activation
 
 __all__ = ["Both", "DecoderLayer", "Seeds", "SplitLayer", "of_both"]
 
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
 
 def _norm(config: DecoderConfig) -> nn.Module:
     """The norm of a decoder's layers."""
-    return nn.LayerNorm(config.width) if config.norm == "layer" else nn.RMSNorm(config.width, eps=1e-6)
+    return nn.LayerNorm(config.width) if config.norm == "layer" else RMSNorm(config.width, eps=1e-6)
 
 
 def _self_attention(config: DecoderConfig, width: int) -> SelfAttention:

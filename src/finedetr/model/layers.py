@@ -22,6 +22,7 @@ __all__ = [
     "ConvNorm",
     "FrozenBatchNorm2d",
     "LearnableAffine",
+    "RMSNorm",
     "activation",
     "focal_bias",
     "join",
@@ -132,6 +133,14 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         """X · scale + shift, with both computed from the four buffers."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in the type of its scale, as DEIMv2's; torch's own warns of mixed types, and is slow."""
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Scale · x / root(mean(x²) + eps); float32 under autocast."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class LearnableAffine(nn.Module):
