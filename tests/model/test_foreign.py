@@ -433,6 +433,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "e.pth").write_bytes(b"")
     with pytest.raises(ModelError, match="no checkpoint that holds numbers only"):
         read_foreign(tmp_path / "e.pth")
+    (tmp_path / "f.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"f\.pth is cut off or damaged"):
+        read_foreign(tmp_path / "f.pth")
     torch.save({"model": 3}, tmp_path / "d.pth")
     with pytest.raises(ModelError, match="holds no table of tensors"):
         read_foreign(tmp_path / "d.pth")

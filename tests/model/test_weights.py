@@ -60,6 +60,10 @@ def test_a_broken_file_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None
     broken.write_bytes(b"\x09" * 100)
     with pytest.raises(ModelError, match="no readable safetensors file"):
         load_weights(broken)
+    graph = tmp_path / "dfine.onnx"
+    graph.write_bytes(b"\x08\x08\x12\x07pytorch")
+    with pytest.raises(ModelError, match="is a graph, no weights"):
+        load_weights(graph)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, foreign)
     with pytest.raises(ModelError, match="carries no finedetr card"):

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,7 +164,13 @@ def read_official(path: Path) -> dict[str, Tensor]:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle machine raises, and that is anything
         reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ModelError(f"{path} is no checkpoint that holds numbers only: {reason}", code="schema") from error
+        with path.open("rb") as file:  # an archive, whose table stands at its end
+            cut = file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
+        raise ModelError(
+            f"{path} is cut off or damaged" if cut else f"{path} is no checkpoint that holds numbers only: {reason}",
+            code="schema",
+            hint="Fetch or copy it again." if cut else "",
+        ) from error
     if isinstance(document, Mapping) and {"format", "finedetr"} <= document.keys():
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         raise ModelError(

@@ -167,6 +167,12 @@ def _open(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str
     """Metadata and, where asked for, tensors of a safetensors file."""
     if not path.is_file():
         raise ModelError(f"no weights at {path}", code="not_found", hint="Give a run folder or a .safetensors file.")
+    if path.suffix == ".onnx":
+        raise ModelError(
+            f"{path} is a graph, no weights",
+            code="unsupported",
+            hint="Give the weights that it was made from: a run, a .safetensors file, or an official .pth.",
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             names = list(file.keys()) if tensors else []
