@@ -158,6 +158,7 @@ def test_classes_are_carried_over_by_name_and_new_ones_start_at_the_prior(tmp_pa
     path, source, _ = saved(tmp_path)
     torch.manual_seed(1)
     detector = Detector(source.config, 3)
+    begun = [detector.decoder.score_heads[1].weight[1].clone(), detector.selection.score_head.weight[1].clone()]
     transfer = transfer_weights(detector, ("dog", "fox", "bee"), path)
     assert transfer.kept == ("dog", "bee")
     assert transfer.new == ("fox",)
@@ -166,6 +167,9 @@ def test_classes_are_carried_over_by_name_and_new_ones_start_at_the_prior(tmp_pa
     head, old = detector.decoder.score_heads[1], source.decoder.score_heads[1]
     assert torch.equal(head.weight[[0, 2]], old.weight[[3, 1]])
     assert head.bias[1].item() == pytest.approx(focal_bias())
+    torch.testing.assert_close(head.weight[1], begun[0] + old.weight.mean(dim=0))  # an object of an unknown kind
+    ranks = source.selection.score_head.weight.mean(dim=0)
+    torch.testing.assert_close(detector.selection.score_head.weight[1], begun[1] + ranks)
     assert torch.equal(detector.label_embedding.weight[[0, 2, 3]], source.label_embedding.weight[[3, 1, 5]])
     assert torch.equal(detector.backbone.stem.stem1.conv.weight, source.backbone.stem.stem1.conv.weight)
 
