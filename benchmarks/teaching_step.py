@@ -25,6 +25,7 @@ import torch
 from benchmarks.training_step import truth
 from finedetr.distill.teachers import Teacher, Teachers, build_adapters
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
+from finedetr.model.deploy import fold_norms
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
 from finedetr.recipes import PAPERS, build
@@ -75,7 +76,7 @@ def contender(args: argparse.Namespace, recipe: Recipe, images: torch.Tensor, ta
             teachers.average = Teacher(average.model)
         if "frozen" in recipe.teachers:
             other = Detector(variant(args.teacher), args.classes).to(memory_format=torch.channels_last)
-            teachers.frozen = Teacher(other.requires_grad_(False))
+            teachers.frozen = Teacher(fold_norms(other.eval()))
             teachers.adapters = build_adapters(recipe.objective.terms, detector, other)
             if list(teachers.adapters.parameters()):
                 groups.append({"params": list(teachers.adapters.parameters())})

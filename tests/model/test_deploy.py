@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from finedetr.model.deploy import deployed
+from finedetr.model.deploy import deployed, fold_norms
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
 from tests.model.oracle import randomize
@@ -58,6 +58,19 @@ def test_what_is_deployed_is_deployed_again_and_norms_of_many_processes_are_fold
             answer = model(images).matching
             torch.testing.assert_close(answer.logits, wanted.logits, atol=1e-4, rtol=1e-4)
             assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+
+
+def test_folded_norms_change_no_answer_of_any_stage() -> None:
+    detector = tiny().eval()
+    images = torch.rand(2, 3, 96, 128)
+    with torch.inference_mode():
+        before = detector(images, all_stages=True).matching
+        after = fold_norms(detector)(images, all_stages=True).matching
+    assert len(after.logits) == len(before.logits) > 1
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.boxes, before.boxes, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in detector.parameters())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
 
 
 def test_fusing_leaves_the_original_alone() -> None:

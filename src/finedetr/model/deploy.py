@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from finedetr.model.detector import Detector
 from finedetr.model.encoders import Halve, RepConv
 from finedetr.model.layers import ConvNorm, FrozenBatchNorm2d
 
-__all__ = ["deployed"]
+__all__ = ["deployed", "fold_norms"]
 
 
 def deployed(detector: Detector, *, everything: bool = True) -> Detector:
@@ -33,13 +34,7 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
     if not everything:
         kept = {*model.backbone.modules(), *model.encoder.input_proj, *model.decoder_input_proj}
         kept |= {module.project for module in model.encoder.modules() if isinstance(module, Halve)}
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ConvNorm) and module not in kept:
-                _fold(module)
-        for module in model.modules():
-            if isinstance(module, RepConv):
-                _merge(module)
+    fold_norms(model, kept)
     decoder = model.decoder
     per_layer = [decoder.layers, decoder.score_heads]
     if isinstance(decoder, DistributionDecoder):
@@ -54,6 +49,23 @@ def deployed(detector: Detector, *, everything: bool = True) -> Detector:
     for parts in behind:
         for index in range(len(parts) - 1):  # a head that all layers share stays
             parts[index] = nn.Identity()
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def fold_norms(model: Detector, kept: Collection[nn.Module] = ()) -> Detector:
+    """Puts norms into convolutions and merges branches, in place: the same answers at all stages, no more training.
+
+    Args:
+        model: In eval mode it answers as before, but for rounding.
+        kept: Modules whose norms stay.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvNorm) and module not in kept:
+            _fold(module)
+    for module in model.modules():
+        if isinstance(module, RepConv):
+            _merge(module)
     return model.requires_grad_(False)
 
 

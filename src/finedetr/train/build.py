@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finedetr.distill.teachers import Teacher, Teachers, build_adapters, map_classes
 from finedetr.errors import ModelError, UsageError
+from finedetr.model.deploy import fold_norms
 from finedetr.model.detector import Detector
 from finedetr.model.pretrained import load_backbone
 from finedetr.model.weights import load_weights, transfer_weights
@@ -149,7 +150,7 @@ def _teachers(
                 hint="Give one with --teacher: a run, a weight file, a folder of transformers or a published name.",
             )
         other, card = load_weights(weights, world.device)
-        other.requires_grad_(False)
+        fold_norms(other)
         if recipe.channels_last:
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         theirs = (card.mean, card.std) if card.mean and card.std else None
