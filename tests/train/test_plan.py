@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from finedetr.errors import ConfigError
-from finedetr.train.budget import epochs_in_time
+from finedetr.train.budget import Budget, epochs_in_time
 from finedetr.train.plan import Plan, share_of
+from finedetr.train.state import Progress
 from tests.train.small import small_recipe
 
 
@@ -33,6 +34,20 @@ def test_a_time_budget_gives_the_epochs_that_fit(
     planned: int, done: float, spent: float, budget: float, epochs: int
 ) -> None:
     assert epochs_in_time(planned, done, spent, budget) == epochs
+
+
+def test_a_slow_first_step_does_not_spend_a_budget() -> None:
+    """An evaluation that was never measured costs what steps cost once the process is warm."""
+    budget = Budget(100.0)
+    p = Progress(steps=1000)
+    for p.total in range(1, 21):
+        p.step, seconds = p.total, 10.0 + p.total  # ten seconds before the first step ends
+        assert not budget.is_spent(p, seconds, 40.0)  # 40 steps of 10 seconds would be too many
+        budget.first_guess(p, seconds, 0.0)
+    p.step = p.total = 50
+    assert budget.is_spent(p, 60.0, 40.0)
+    p.evaluating = 5.0  # measured: shorter
+    assert not budget.is_spent(p, 60.0, 40.0)
 
 
 def test_the_last_epoch_is_always_evaluated() -> None:

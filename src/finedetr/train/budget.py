@@ -34,8 +34,14 @@ class Budget:
             seconds: Spent so far, the same number in all processes.
             evaluation: What an evaluation is guessed to take, in steps.
         """
-        last = p.evaluating or evaluation * seconds / max(p.total, 1)
+        last = p.evaluating or evaluation * self._step(p, seconds)
         return bool(self.seconds) and seconds + last > self.seconds and p.step < p.steps
+
+    def _step(self, p: Progress, seconds: float) -> float:
+        """Seconds of a step of this process, warmed up; 0 until there are enough of them."""
+        if self._warm is None or p.total - self._warm[0] < PROBE - WARMING:
+            return 0.0
+        return (seconds - self._warm[1]) / (p.total - self._warm[0])
 
     def first_guess(self, p: Progress, seconds: float, evaluation: float) -> int | None:
         """Epochs that fit, by the speed of the first steps; None but for the one step after which that is asked.
