@@ -191,10 +191,14 @@ class Bench:
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean and spread (sample standard deviation) of every row that has a run, for each data set and length."""
     lines = []
-    for data, steps in sorted({(run["data"], run["steps"]) for run in runs}):
-        lines += [f"{data}, {steps} steps", "", "| row | seeds | AP | AP50 | against alone | s/step |"]
+    for data, steps, start in sorted({(run["data"], run["steps"], run["start"]) for run in runs}):
+        lines += [
+            f"{data}, {steps} steps from {'random weights' if start == 'None' else start}",
+            "",
+            "| row | seeds | AP | AP50 | against alone | s/step |",
+        ]
         lines.append("|---|---|---|---|---|---|")
-        here = [run for run in runs if (run["data"], run["steps"]) == (data, steps)]
+        here = [run for run in runs if (run["data"], run["steps"], run["start"]) == (data, steps, start)]
         for key, (title, paper, parts) in ROWS.items():
             own = [run for run in here if run["row"] == key]
             if not own:
@@ -263,7 +267,7 @@ def main() -> None:
     def done() -> list[dict[str, Any]]:
         return json.loads(note.read_text()) if note.is_file() else []
 
-    place = {"data": bench.folder.name, "steps": args.steps}
+    place = {"data": bench.folder.name, "steps": args.steps, "start": str(start)}
     for seed in range(args.seeds):
         for row in args.rows:
             wanted = {**place, "row": row, "seed": seed}

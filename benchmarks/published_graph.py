@@ -6,6 +6,10 @@ The graph (of their `export_onnx.py`) has norms folded into convolutions. Its nu
 names of an official checkpoint, whose norms change nothing, and that file is read as any other official `.pth`. Then
 both see the same pictures: the table says how far apart detections are, and both AP by the same evaluator. Needs `onnx`
 and `onnxruntime`. Writes `benchmarks/results/published_graph-MODEL.json`.
+
+With `--save FILE.safetensors` the weights are kept for `finedetr train --weights`. Norms that change nothing would ruin
+them at the first step of a training, in which norms go by the batch, so each is given the mean and variance that its
+input has on these pictures, with a scale and a shift that undo them.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 from tests.model.oracle import official
-from torch import Tensor
+from torch import Tensor, nn
 
 from finedetr.data.formats import open_dataset
 from finedetr.data.loader import EvaluationLoader
@@ -32,7 +37,7 @@ from finedetr.evaluate.coco import Evaluator
 from finedetr.evaluate.inference import Inference
 from finedetr.model.classes import COCO_NAMES
 from finedetr.model.detector import Detector
-from finedetr.model.weights import load_weights
+from finedetr.model.weights import load_weights, save_weights
 from finedetr.model.zoo import published_input, variant
 
 EPS = 1e-5  # of the norms
@@ -96,6 +101,32 @@ def official_file(graph: onnx.GraphProto, name: str, path: Path) -> None:
     torch.save({"model": state}, path)
 
 
+@torch.no_grad()
+def give_back_norms(detector: Detector, batches: Iterable[Tensor]) -> None:
+    """Makes every norm one that normalizes these pictures, and a scale and a shift that undo it."""
+    sums: dict[nn.Module, Tensor] = {}  # of values, squares, and how many there were
+
+    def count(norm: nn.Module, given: tuple[Tensor]) -> None:
+        x = given[0].transpose(0, 1).flatten(1).double()
+        now = torch.stack((x.sum(1), x.square().sum(1), torch.full_like(x[:, 0], x.shape[1])))
+        sums[norm] = sums.get(norm, torch.zeros_like(now)) + now
+
+    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+    for images in batches:
+        detector(images.float().div(255))
+    for hook in hooks:
+        hook.remove()
+    for norm in norms:
+        total, squares, number = sums[norm]
+        mean = total / number
+        variance = (squares / number - mean.square()).clamp(min=0)
+        norm.bias.add_(mean)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+
 def main() -> None:
     """Prints and writes the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,18 +134,22 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data/coco128")
     parser.add_argument("--split", default="train")
     parser.add_argument("--model", default="deimv2-atto")
-    parser.add_argument("--save", type=Path, help="keep the official file here")
+    parser.add_argument("--save", type=Path, help="a .safetensors file that can be trained")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     dataset = open_dataset(args.data, args.split)
     with tempfile.TemporaryDirectory() as folder:
-        file = args.save or Path(folder) / "deimv2_official.pth"
+        file = Path(folder) / "deimv2_official.pth"
         official_file(onnx.load(args.graph).graph, args.model, file)
-        detector, _ = load_weights(file)
+        detector, card = load_weights(file)
+    size = published_input(variant(args.model)).size
+    if args.save:
+        give_back_norms(detector, (pictures.images for pictures, _ in EvaluationLoader(dataset, size, 8, 0)))
+        save_weights(args.save, detector, card)
     ours, theirs = Evaluator(dataset), Evaluator(dataset)
     session = onnxruntime.InferenceSession(args.graph, providers=["CPUExecutionProvider"])
     to_truth = np.array([dataset.categories.names.index(name) for name in COCO_NAMES])
-    inference, size = Inference(), published_input(variant(args.model)).size
+    inference = Inference()
     apart: list[tuple[float, float]] = []  # (pixels, difference of scores) of what answers a detection of the graph
     for pictures, (index,) in EvaluationLoader(dataset, size, 1, 0):
         given = dataset.sizes[[index]]

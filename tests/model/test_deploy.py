@@ -61,7 +61,7 @@ def test_what_is_deployed_is_deployed_again_and_norms_of_many_processes_are_fold
 
 
 def test_folded_norms_change_no_answer_of_any_stage() -> None:
-    detector = tiny().eval()
+    detector = tiny().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.rand(2, 3, 96, 128)
     with torch.inference_mode():
         before = detector(images, all_stages=True).matching
@@ -71,6 +71,8 @@ def test_folded_norms_change_no_answer_of_any_stage() -> None:
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-4, rtol=1e-4)
     assert not any(p.requires_grad for p in detector.parameters())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
+    maps = [p for p in detector.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in maps)  # other layouts are slower
 
 
 def test_fusing_leaves_the_original_alone() -> None:

@@ -90,7 +90,7 @@ def _fold(module: ConvNorm) -> None:
         dtype=old.weight.dtype,
     )
     assert conv.bias is not None
-    conv.weight.copy_(old.weight * scale[:, None, None, None])
+    conv.weight = nn.Parameter(old.weight * scale[:, None, None, None])  # not a copy into it: the layout stays
     conv.bias.copy_(norm.bias - norm.running_mean * scale)
     module.conv, module.norm = conv, nn.Identity()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -250,8 +250,12 @@ def resume(
         check_classes(folder, opened)
         with Reporter(folder.log if world.main else None, quiet=quiet or not world.main) as reporter:
             _introduce(reporter, opened, _examine(opened, recipe), world, folder)
-            for kind, before, now in _counts(where, opened):
-                if before != now:
+            beside_now = len(opened.unlabelled) if opened.unlabelled else 0
+            for kind, before, now in (
+                ("for training", where["pictures"], len(opened.train)),
+                ("without labels", where["unlabelled"], beside_now),
+            ):
+                if before not in (None, now):  # None: begun before it was noted
                     reporter.warn(
                         f"the data had {before} pictures {kind} and has {now} now: the run goes on, but not as it "
                         "would have gone on"
@@ -267,15 +271,6 @@ def resume(
             return _through(run, reporter)
 
 
-def _counts(where: Mapping[str, Any], data: Data) -> list[tuple[str, int, int]]:
-    """(which pictures, how many there were when the run began, how many there are)."""
-    beside = len(data.unlabelled) if data.unlabelled else 0
-    return [
-        ("for training", where["pictures"], len(data.train)),
-        ("without labels", where.get("unlabelled", beside), beside),  # a run begun before it was noted has none
-    ]
-
-
 def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a run, and where its data was."""
     document = folder.read_json(folder.config)
@@ -286,7 +281,7 @@ def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     try:
         recipe, data = document["recipe"], document["data"]
         wanted = {key: data[key] for key in ("path", "train", "val", "layout", "skip_missing", "pictures")}
-        wanted |= {key: data[key] for key in ("unlabelled",) if key in data}
+        wanted["unlabelled"] = data.get("unlabelled")
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
     return from_dict(recipe, str(folder.config)), wanted
