@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +52,34 @@ def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path: Path) -> Non
         RunFolder.create(tmp_path)
     with pytest.raises(UsageError, match="is a file"):
         RunFolder.create(tmp_path / "a.txt", overwrite=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind on Windows")
+def test_two_processes_do_not_train_in_one_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    holds = (
+        "import os, sys, time; from pathlib import Path; from finedetr.train.folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).claimed():\n"
+        "    if os.fork() == 0: time.sleep(60)\n"  # as a loader's worker, which outlives a killed trainer for a while
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    folder = RunFolder(tmp_path / "a")
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds, str(folder.root)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert other.stdout is not None
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="another process trains") as raised, folder.claimed():
+            pass
+        assert raised.value.code == "use.busy"
+        other.kill()
+        other.wait()
+        with folder.claimed():
+            RunFolder.create(folder.root)  # the lock itself is no content
+        assert not list(folder.root.iterdir())
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.stdout.close()
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def begin(
         tell: Says more at the start, such as where the numbers come from.
         callbacks: Functions of a user.
     """
-    with open_world(request.device) as world:
+    with open_world(request.device) as world, ExitStack() as claims:
         data = request.open()
         recipe = request.recipe.resolve(len(data.train))
         # resolved once, so that a run that is resumed on another machine goes on in the same numbers
@@ -192,6 +193,7 @@ def begin(
         share_of(recipe.batch or 1, world.size, recipe.accumulate)
         report = _examine(data, recipe)
         folder = RunFolder(request.out)
+        claims.enter_context(folder.claimed() if world.main else nullcontext())
         if world.main:
             folder = RunFolder.create(request.out, overwrite=request.overwrite)
             _write_config(folder, request, recipe, data, report)
@@ -241,7 +243,7 @@ def resume(
     saved, where = saved_recipe(folder)
     recipe = recipe or saved
     check_changes(saved, recipe)
-    with open_world(device) as world:
+    with open_world(device) as world, folder.claimed() if world.main else nullcontext():
         splits = (str(where["train"]), str(where["val"]))
         files = folder.read_json(folder.config)
         teacher, beside = (Path(files[key]) if files.get(key) else None for key in ("teacher", "unlabelled"))
