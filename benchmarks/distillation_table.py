@@ -82,6 +82,7 @@ ROWS: dict[str, tuple[str, str, tuple[Row, ...]]] = {  # key: what the table say
     "logits": ("+ logits", "dfine", (LOGITS,)),
     "logits-no-edges": ("+ logits, no edges", "dfine", (adding(LogitsDistillation(edges=0.0)),)),
     "logits-t5": ("+ logits, edges at T = 5", "dfine", (adding(LogitsDistillation(temperature=5.0)),)),
+    "logits-classes": ("+ logits, classes x 4", "dfine", (adding(LogitsDistillation(label=4.0)),)),  # as Varifocal here
     "logits-joint": ("+ logits, joint (released)", "dfine", (adding(JOINT),)),
     "features": ("+ features", "dfine", (FEATURES,)),
     "features-x4": ("+ features, weight x 4", "dfine", (adding(FeatureDistillation(weight=20.0)),)),
@@ -265,7 +266,8 @@ def main() -> None:
     note = args.out / "runs.json"
 
     def done() -> list[dict[str, Any]]:
-        return json.loads(note.read_text()) if note.is_file() else []
+        runs = json.loads(note.read_text()) if note.is_file() else []
+        return [{"start": "not noted", **run} for run in runs]  # older files do not say it
 
     place = {"data": bench.folder.name, "steps": args.steps, "start": str(start)}
     for seed in range(args.seeds):
