@@ -147,7 +147,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is unreadable: {error}", code="schema") from error
+        raise ModelError(
+            f"{path} is unreadable: {error}", code="schema", hint="Is it whole? Fetch or copy it again."
+        ) from error
 
 
 def read_official(path: Path) -> dict[str, Tensor]:

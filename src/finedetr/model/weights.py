@@ -178,7 +178,9 @@ def _open(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str
             names = list(file.keys()) if tensors else []
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no readable safetensors file: {error}", code="schema") from error
+        raise ModelError(
+            f"{path} is no readable safetensors file: {error}", code="schema", hint="Is it whole? Fetch or copy it again."
+        ) from error
 
 
 def read_card(path: str | Path) -> Card:
