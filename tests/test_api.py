@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import finedetr
-from finedetr.errors import DataError, ModelError, UsageError
+from finedetr.errors import ConfigError, DataError, FineDETRError, ModelError, UsageError
 from finedetr.model.zoo import variant
 from finedetr.train.recipe import Recipe
 from tests.train.conftest import one_thread as one_thread
@@ -97,6 +99,74 @@ def test_a_run_goes_on_without_absent_pictures_where_that_is_asked_for(tmp_path:
 def test_an_unknown_setting_is_a_type_error_with_a_suggestion(settings: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         finedetr.train("nowhere", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 1.5}, r"train\(\): epochs: int is wanted, 1\.5 came"),
+        ({"batch": "2"}, r"train\(\): batch: int is wanted, '2' came"),
+        ({"size": 64}, r"train\(\): size: a list of 2 is wanted, 64 came"),
+        ({"size": (64, 64, 64)}, r"train\(\): size: a list of 2 is wanted"),
+        ({"precision": "int4"}, r"train\(\): precision: one of auto, fp32, bf16, fp16 is wanted, 'int4' came"),
+        ({"optimizer": {"clip": "1"}}, r"train\(\): optimizer: clip: float is wanted, '1' came"),
+        ({"recipe": 5}, r"train\(\): recipe: str is wanted, 5 came"),
+        ({"seed": 2**63}, r"seed: less than 2\*\*63 is wanted"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named_before_anything_is_read(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finedetr.train("nowhere", **settings)
+
+
+def test_a_model_is_not_loaded_at_a_size_that_is_none(run: object) -> None:
+    with pytest.raises(ConfigError, match=r"load\(\): size: a list of 2 is wanted, 640 came"):
+        finedetr.load(run.folder, size=640)  # type: ignore[attr-defined, arg-type]
+    with pytest.raises(ConfigError, match=r"load\(\): batch: int is wanted"):
+        finedetr.load(run.folder, batch=2.0)  # type: ignore[attr-defined, arg-type]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_replaced_by_one_that_needs_it_or_cannot_begin(run: object, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    shutil.copytree(run.folder, out)  # type: ignore[attr-defined]
+    before = contents(out)
+    settings = {"out": out, "overwrite": True, "device": "cpu", "quiet": True}
+    with pytest.raises(UsageError, match="belongs to the run that --overwrite would replace"):
+        finedetr.train(data, weights=out, **settings)
+    (tmp_path / "bad.pth").write_text("no weights")
+    with pytest.raises(ModelError, match="no checkpoint"):
+        finedetr.train(data, recipe=small_recipe(), backbone_weights=tmp_path / "bad.pth", **settings)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("recipe.size", [32, 32], r"keeps its recipe; these differ: size \[64, 64\] -> \[32, 32\]"),
+        ("data.path", None, r"data\.path: str is wanted, None came"),
+        ("teacher", 5, r"teacher: str is wanted, 5 came"),
+    ],
+)
+def test_a_run_whose_configuration_was_edited_is_not_resumed(
+    run: object, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "a")  # type: ignore[attr-defined]
+    file = tmp_path / "a" / "config.json"
+    document = json.loads(file.read_text())
+    *tables, last = key.split(".")
+    table = document
+    for name in tables:
+        table = table[name]
+    table[last] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(FineDETRError, match=message):
+        finedetr.resume(tmp_path / "a", epochs=2, device="cpu", quiet=True)
 
 
 def test_what_a_recipe_has_already_is_not_said_again(tmp_path: Path) -> None:

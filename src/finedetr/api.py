@@ -20,6 +20,7 @@ from finedetr.model.publish import push
 from finedetr.model.weights import Card, load_weights
 from finedetr.recipes import recipe_for
 from finedetr.train.callbacks import Callback, Callbacks
+from finedetr.train.config import checked
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.loop import Result
@@ -175,7 +176,11 @@ def load(
     Raises:
         ModelError: There are no weights, or they do not fit their own card.
         UsageError: The device or precision cannot be.
+        ConfigError: A number has another type than it should.
     """
+    size = checked(tuple[int, int] | None, size, "load(): size")
+    for name, value in (("batch", batch), ("queries", queries), ("top", top)):
+        checked(int | None, value, f"load(): {name}")
     chosen = choose_device(device)
     detector, card = load_weights(find_weights(path), chosen, queries=queries)
     card = replace(card, size=size or card.size)
@@ -264,7 +269,7 @@ def train(
     else:
         made = recipe_for(
             model,
-            recipe,
+            checked(str, recipe, "train(): recipe"),
             tuple(extras),
             weights=start,
             backbone_weights=backbone_weights is not None,
@@ -323,16 +328,14 @@ def _callbacks(given: Callbacks | Mapping[str, Callback] | None) -> Callbacks | 
 def _with_settings(recipe: Any, settings: Mapping[str, Any], where: str) -> Any:
     """A dataclass with other values in some fields, nested ones given as mappings."""
     known = {field.name for field in fields(recipe)}
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
             raise TypeError(f"{where} has no setting {name!r}. {did_you_mean(name, known)}")
-        current = getattr(recipe, name)
+        place, current = f"{where}: {name}", getattr(recipe, name)
         if is_dataclass(current) and isinstance(value, Mapping):
-            value = _with_settings(current, value, f"{where}: {name}")
-        elif isinstance(current, tuple) and isinstance(value, list):
-            value = tuple(value)
-        elif get_type_hints(type(recipe))[name] is float and isinstance(value, int):
-            value = float(value)
+            value = _with_settings(current, value, place)
+        else:
+            value = checked(get_type_hints(type(recipe))[name], value, place)
         changes[name] = value
     return replace(recipe, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -436,6 +437,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "f.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"f\.pth is cut off or damaged"):
         read_foreign(tmp_path / "f.pth")
+    disks = struct.pack("<4sLqL", b"PK\x06\x07", 1, 0, 2)  # damaged there: an archive that spans two disks
+    (tmp_path / "g.pth").write_bytes(b"PK\x03\x04" + bytes(100) + disks + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(ModelError, match=r"g\.pth is cut off or damaged"):
+        read_foreign(tmp_path / "g.pth")
     torch.save({"model": 3}, tmp_path / "d.pth")
     with pytest.raises(ModelError, match="holds no table of tensors"):
         read_foreign(tmp_path / "d.pth")

@@ -73,6 +73,17 @@ def test_a_damaged_file_is_a_clear_error(tmp_path: Path, damage: str) -> None:
         load_state(path)
 
 
+def test_any_error_of_a_damaged_file_is_a_clear_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_state(tmp_path / "last.pt", {"model": torch.zeros(10)})
+
+    def load(*_: object, **__: object) -> None:
+        raise IndexError("pop from empty list")  # what torch says where bytes of its table are flipped
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ModelError, match=r"last\.pt is damaged or no resume state: pop from empty list"):
+        load_state(path)
+
+
 def test_an_absent_file_and_another_format_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no resume state at"):
         load_state(tmp_path / "last.pt")

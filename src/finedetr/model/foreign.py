@@ -152,6 +152,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its table says what cannot be
+        return False
+
+
 def read_official(path: Path) -> dict[str, Tensor]:
     """The tensors of an official `.pth`: the moving average where there is one, otherwise the model (spec 2.1).
 
@@ -167,7 +174,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises what the pickle machine raises, and that is anything
         reason = (str(error).splitlines() or ["it is empty"])[0]
         with path.open("rb") as file:  # an archive, whose table stands at its end
-            cut = file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
+            cut = file.read(4) == b"PK\x03\x04" and not _is_archive(path)
         raise ModelError(
             f"{path} is cut off or damaged" if cut else f"{path} is no checkpoint that holds numbers only: {reason}",
             code="schema",

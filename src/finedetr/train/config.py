@@ -17,7 +17,7 @@ from finedetr.distill.terms import (
     PredictionDistillation,
     SecondBox,
 )
-from finedetr.errors import ConfigError, did_you_mean
+from finedetr.errors import ConfigError, UsageError, did_you_mean
 from finedetr.supervise.matching import Cost, FocalCost, MatchingPolicy, PerStage, QualityCost, UnionOfStages
 from finedetr.supervise.terms import (
     BoxGIoU,
@@ -33,7 +33,7 @@ from finedetr.supervise.terms import (
 )
 from finedetr.train.recipe import Recipe
 
-__all__ = ["flatten", "from_dict", "merge", "to_dict"]
+__all__ = ["check_changes", "checked", "flatten", "from_dict", "merge", "to_dict"]
 
 KINDS: dict[type, tuple[type, ...]] = {
     Term: (
@@ -58,6 +58,19 @@ KINDS: dict[type, tuple[type, ...]] = {
     Cost: (FocalCost, QualityCost),
 }
 """Abstract classes that a field may be annotated with, and their final ones. In JSON, `kind` names which it is."""
+
+FREE = (
+    "epochs",
+    "accumulate",
+    "workers",
+    "patience",
+    "diverged_after",
+    "max_time",
+    "log_every",
+    "evaluating.",
+    "saving.",
+)
+"""What a resumed run may change: nothing of it touches the weights of a step that is done."""
 
 Plain = Any  # what JSON knows
 
@@ -91,6 +104,16 @@ def merge(recipe: Recipe, document: Mapping[str, Plain], where: str) -> Recipe:
     return merged
 
 
+def checked(kind: Any, value: Any, where: str) -> Any:
+    """A plain value as an annotation wants it: whole numbers become floats, lists tuples. Objects are let through.
+
+    Raises:
+        ConfigError: It has another type; names it.
+    """
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return value if any(is_dataclass(item) for item in items) else _decode(kind, value, where)
+
+
 def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
     """Nested keys joined by dots, as flags are: {"optimizer.lr": 0.0002, "objective.BoxL1.weight": 5.0, ...}."""
     flat: dict[str, Plain] = {}
@@ -105,6 +128,24 @@ def flatten(document: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def check_changes(saved: Recipe, wanted: Recipe) -> None:
+    """Refuses to go on with a recipe that differs in more than may change.
+
+    Raises:
+        UsageError: Lists what differs.
+    """
+    before, after = flatten(to_dict(saved)), flatten(to_dict(wanted))
+    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    fixed = [key for key in differing if not key.startswith(FREE)]
+    if fixed:
+        changes = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in fixed[:5])
+        raise UsageError(
+            f"a resumed run keeps its recipe; these differ: {changes}",
+            code="conflict",
+            hint=f"Free to change: {', '.join(name.rstrip('.') for name in FREE)}. Or start anew with --weights.",
+        )
 
 
 def _encode(value: object) -> Plain:

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finedetr.errors import ModelError, UsageError
+from finedetr.errors import ModelError
 from finedetr.files import read_records, write_text
 from finedetr.model.foreign import is_foreign
 from finedetr.model.hub import OURS, fetch, is_name
 
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["RunFolder", "find_weights"]
-
-BEFORE = ("config.json", "classes.json", "data_report.json", "train.log")
-"""What is written before the first step."""
-FILES = (
-    *BEFORE,
-    "metrics.jsonl",
-    "status.json",
-    "predictions_val.json",
-    "evaluation.json",
-    "report.html",
-)
-FOLDERS = ("checkpoints", "weights", "samples")
-LOCK = ".lock"
-"""Empty, and there only while somebody trains."""
 
 
 @dataclass(frozen=True)
@@ -44,39 +22,6 @@ class RunFolder:
     """Names of everything in a run's folder."""
 
     root: Path
-
-    @classmethod
-    def create(cls, root: str | Path, *, overwrite: bool = False) -> RunFolder:
-        """An empty folder for a new run.
-
-        Args:
-            root: Made with its parents where it does not exist.
-            overwrite: Delete what an earlier run wrote there; other files stay.
-
-        Raises:
-            UsageError: There is something already (`use.exists`), and more than a run leaves that could not begin.
-        """
-        folder = cls(Path(root))
-        if folder.root.exists() and not folder.root.is_dir():
-            raise UsageError(f"{root} is a file, a run needs a folder", code="exists")
-        if folder.root.is_dir() and any(path.name != LOCK for path in folder.root.iterdir()):
-            if not overwrite and not folder._never_began():
-                what = "holds a run" if folder.config.is_file() else "is not empty"
-                raise UsageError(f"{root} {what}", code="exists", hint="Use --resume, --overwrite, or another --out.")
-            for name in FILES:
-                (folder.root / name).unlink(missing_ok=True)
-            for dump in folder.root.glob("nan_batch*.pt"):
-                dump.unlink()
-            for name in FOLDERS:
-                shutil.rmtree(folder.root / name, ignore_errors=True)
-        folder.root.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _never_began(self) -> bool:
-        """Whether all that is here was written before the first step of a run, which then could not begin."""
-        return {path.name for path in self.root.iterdir()} <= {*BEFORE, *FOLDERS, LOCK} and not any(
-            path.is_file() for name in FOLDERS for path in (self.root / name).rglob("*")
-        )
 
     @classmethod
     def existing(cls, root: str | Path) -> RunFolder:
@@ -89,39 +34,6 @@ class RunFolder:
         if not folder.config.is_file():
             raise ModelError(f"{root} holds no run: {folder.config.name} is missing", code="not_found")
         return folder
-
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Meanwhile no other process trains here. One that dies lets go, however it dies; its loaders hold nothing.
-
-        Where the system or the file system has no such locks, nothing is held.
-
-        Raises:
-            UsageError: Another process trains here (`use.busy`).
-        """
-        path = self.root / LOCK
-        handle = None
-        if fcntl is not None and not self.root.is_file():
-            self.root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children inherit that
-            except (BlockingIOError, PermissionError):
-                os.close(handle)
-                raise UsageError(
-                    f"another process trains in {self.root}",
-                    code="busy",
-                    hint="Wait until it ends, stop it with Ctrl-C or kill, or use another --out.",
-                ) from None
-            except OSError:
-                pass
-        try:
-            yield
-        finally:
-            if handle is not None:
-                with suppress(OSError):
-                    path.unlink()
-                os.close(handle)
 
     @property
     def config(self) -> Path:
@@ -225,11 +137,12 @@ class RunFolder:
         """
         for litter in self.root.rglob(".*.tmp"):
             litter.unlink(missing_ok=True)
-        kept = [
-            record
-            for record in self.records()
-            if (record.get("epoch", 0) < epoch if record.get("kind") == "evaluation" else record.get("step", 0) <= step)
-        ]
+        kept = []
+        for record in self.records():
+            done, now = ("epoch", epoch - 1) if record.get("kind") == "evaluation" else ("step", step)
+            place = record.get(done, 0)
+            if isinstance(place, int) and place <= now:  # others nobody could read
+                kept.append(record)
         write_text(self.metrics, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 

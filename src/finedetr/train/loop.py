@@ -22,6 +22,7 @@ from finedetr.train.budget import Budget
 from finedetr.train.build import Start, build_student
 from finedetr.train.callbacks import Callback, Callbacks, State
 from finedetr.train.checkpoint import link_file, load_state, save_state
+from finedetr.train.config import check_changes, from_dict
 from finedetr.train.distributed import World
 from finedetr.train.folder import RunFolder
 from finedetr.train.guard import Guard
@@ -147,6 +148,8 @@ class Run:
             UsageError: The run has come to its end.
         """
         state = load_state(self.folder.last)
+        # config.json may have been edited meanwhile
+        check_changes(from_dict(state["config"]["recipe"], str(self.folder.last)), self.recipe)
         self._restore(state)
         p = self.progress
         if p.epoch >= p.epochs:

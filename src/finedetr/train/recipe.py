@@ -320,6 +320,8 @@ class Recipe:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: at least {least} is wanted, {getattr(self, name)} came", code="range")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed: less than 2**63 is wanted, {self.seed} came", code="range")
         if self.batch is not None and (self.batch < 1 or self.batch % self.accumulate):
             raise ConfigError(
                 f"batch: {self.batch} pictures cannot be worked off in {self.accumulate} equal parts",

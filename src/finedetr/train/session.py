@@ -18,7 +18,8 @@ from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
 from finedetr.train.build import Start
 from finedetr.train.callbacks import Callbacks
-from finedetr.train.config import flatten, from_dict, to_dict
+from finedetr.train.claim import begun, claimed, drop_earlier, replaces
+from finedetr.train.config import check_changes, checked, flatten, from_dict, to_dict
 from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.log import Reporter
@@ -39,19 +40,6 @@ __all__ = [
     "teacher_and_pictures",
     "unlabelled_line",
 ]
-
-FREE = (
-    "epochs",
-    "accumulate",
-    "workers",
-    "patience",
-    "diverged_after",
-    "max_time",
-    "log_every",
-    "evaluating.",
-    "saving.",
-)
-"""What a resumed run may change: nothing of it touches the weights of a step that is done."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +173,7 @@ def begin(
         tell: Says more at the start, such as where the numbers come from.
         callbacks: Functions of a user.
     """
+    _check_sources(request)
     with open_world(request.device) as world, ExitStack() as claims:
         data = request.open()
         recipe = request.recipe.resolve(len(data.train))
@@ -193,9 +182,9 @@ def begin(
         share_of(recipe.batch or 1, world.size, recipe.accumulate)
         report = _examine(data, recipe)
         folder = RunFolder(request.out)
-        claims.enter_context(folder.claimed() if world.main else nullcontext())
         if world.main:
-            folder = RunFolder.create(request.out, overwrite=request.overwrite)
+            claims.enter_context(claimed(folder.root))
+            claims.enter_context(begun(folder.root, overwrite=request.overwrite))
             _write_config(folder, request, recipe, data, report)
         world.wait()
         with Reporter(folder.log if world.main else None, quiet=request.quiet or not world.main) as reporter:
@@ -213,7 +202,21 @@ def begin(
                 reporter.line(unlabelled_line(recipe, data))
             for what, which in run.student.origins:
                 reporter.line(f"weights: {what:8} {which}")
+            if world.main:
+                drop_earlier(folder.root)
             return _through(run, reporter)
+
+
+def _check_sources(request: Request) -> None:
+    """Refuses to replace a run by one that begins with it, or learns from it."""
+    given = (request.weights, request.backbone_weights, request.teacher, request.unlabelled)
+    for path in given if request.overwrite else ():
+        if path is not None and replaces(request.out, path):
+            raise UsageError(
+                f"{path} belongs to the run that --overwrite would replace",
+                code="conflict",
+                hint="Use another --out, or copy it first.",
+            )
 
 
 def resume(
@@ -243,10 +246,11 @@ def resume(
     saved, where = saved_recipe(folder)
     recipe = recipe or saved
     check_changes(saved, recipe)
-    with open_world(device) as world, folder.claimed() if world.main else nullcontext():
-        splits = (str(where["train"]), str(where["val"]))
+    with open_world(device) as world, claimed(folder.root) if world.main else nullcontext():
+        splits = (where["train"], where["val"])
         files = folder.read_json(folder.config)
-        teacher, beside = (Path(files[key]) if files.get(key) else None for key in ("teacher", "unlabelled"))
+        names = [checked(str | None, files.get(key), f"{folder.config}: {key}") for key in ("teacher", "unlabelled")]
+        teacher, beside = (Path(name) if name else None for name in names)
         skip = bool(where["skip_missing"])
         opened = open_data(data or Path(where["path"]), *splits, where["layout"], beside, skip_missing=skip)
         check_classes(folder, opened)
@@ -286,25 +290,9 @@ def saved_recipe(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
         wanted["unlabelled"] = data.get("unlabelled")
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder.config} lacks {error}", code="schema") from error
+    for key in ("path", "train", "val", "layout"):
+        checked(str | None if key == "layout" else str, wanted[key], f"{folder.config}: data.{key}")
     return from_dict(recipe, str(folder.config)), wanted
-
-
-def check_changes(saved: Recipe, wanted: Recipe) -> None:
-    """Refuses to go on with a recipe that differs in more than may change.
-
-    Raises:
-        UsageError: Lists what differs.
-    """
-    before, after = flatten(to_dict(saved)), flatten(to_dict(wanted))
-    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    fixed = [key for key in differing if not key.startswith(FREE)]
-    if fixed:
-        changes = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in fixed[:5])
-        raise UsageError(
-            f"a resumed run keeps its recipe; these differ: {changes}",
-            code="conflict",
-            hint=f"Free to change: {', '.join(name.rstrip('.') for name in FREE)}. Or start anew with --weights.",
-        )
 
 
 def check_classes(folder: RunFolder, data: Data) -> None:

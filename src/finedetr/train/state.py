@@ -47,7 +47,7 @@ class Progress:
         """The inverse of `asdict`.
 
         Raises:
-            ModelError: A field is missing or unknown.
+            ModelError: A field is missing or unknown, or no number that can be.
         """
         wanted = {field.name for field in fields(cls)}
         if set(values) != wanted:
@@ -56,7 +56,14 @@ class Progress:
                 code="schema",
                 hint="Resume with the version of finedetr that wrote it.",
             )
-        return cls(**values)
+        for field in fields(cls):
+            value, whole = values[field.name], isinstance(field.default, int)
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise ModelError(f"the resume state's {field.name} is no number, {value!r}", code="schema")
+        progress = cls(**values)
+        if not (progress.epoch >= 0 and 0 <= progress.step <= progress.steps and progress.step <= progress.total):
+            raise ModelError(f"the resume state stands where no run can be: {progress}", code="schema")
+        return progress
 
 
 def capture(
