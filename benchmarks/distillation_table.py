@@ -83,6 +83,11 @@ ROWS: dict[str, tuple[str, str, tuple[Row, ...]]] = {  # key: what the table say
     "logits-no-edges": ("+ logits, no edges", "dfine", (adding(LogitsDistillation(edges=0.0)),)),
     "logits-t5": ("+ logits, edges at T = 5", "dfine", (adding(LogitsDistillation(temperature=5.0)),)),
     "logits-classes": ("+ logits, classes x 4", "dfine", (adding(LogitsDistillation(label=4.0)),)),  # as Varifocal here
+    "logits-labels": (
+        "+ logits, classes alone x 4",
+        "dfine",
+        (adding(LogitsDistillation(label=4.0, l1=0.0, giou=0.0, edges=0.0)),),
+    ),
     "logits-joint": ("+ logits, joint (released)", "dfine", (adding(JOINT),)),
     "features": ("+ features", "dfine", (FEATURES,)),
     "features-x4": ("+ features, weight x 4", "dfine", (adding(FeatureDistillation(weight=20.0)),)),
