@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ def test_faults_of_label_files_name_file_and_line(tmp_path: Path, label: str, co
     [
         ("names: [a\ntrain: x", "not valid YAML"),
         ("names: 5\ntrain: images/train", "wanted `names`"),
+        ("names: {'²': a}\ntrain: images/train", "wanted `names`"),
         ("names:", "names"),
     ],
 )
@@ -379,7 +381,10 @@ def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
     ("changes", "code"),
     [
         ({"categories": [{"id": 10**30, "name": "a"}], "annotations": []}, "data.keys"),
+        ({"categories": [{"id": 10**400, "name": "a"}], "annotations": []}, "data.keys"),
+        ({"categories": [{"id": "²", "name": "a"}], "annotations": []}, "data.keys"),
         ({"annotations": one(bbox=[10**400, 1, 2, 3])}, "data.box"),
+        ({"annotations": one(bbox="1234")}, "data.box"),
         ({"annotations": one(bbox=[1e308, 0, 1e308, 5])}, "data.nonfinite"),
         ({"categories": [{"id": 5, "name": "\ud800"}], "annotations": one()}, "data.class_names"),
         ({"images": [{"id": 7, "file_name": "a\0.jpg"}], "annotations": one()}, "data.missing_image"),
@@ -396,13 +401,30 @@ def test_numbers_and_names_that_no_machine_holds_are_refused(
     assert caught.value.code == code
 
 
+def test_a_number_of_thousands_of_digits_is_no_traceback(tmp_path: Path) -> None:
+    text = json.dumps(content()).replace('"id": 11', '"id": ' + "1" * 5000)
+    with suppress(DataError):  # Pythons from before the limit read it
+        open_dataset(coco(tmp_path, text))
+
+
+def test_odd_sizes_and_ids_are_as_if_they_were_not_told(tmp_path: Path) -> None:
+    sizes = [("²", 80), (10**400, 80), ("9" * 5000, "80"), (100.0, "80")]
+    images = [{"id": i, "file_name": "a.jpg", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    images.append({"id": "²", "file_name": "b.jpg"})
+    rows = [one(id=identity, image_id="²")[0] for identity in (3, -(10**400))]
+    data = open_dataset(coco(tmp_path, content(images=images, annotations=rows)))
+    assert data.sizes.tolist() == [[100, 80]] * 5
+    assert data.annotation_ids.tolist() == [1, 2]
+    assert {"data.image_ids", "data.duplicate_id"} <= set(codes(data))
+
+
 def test_crowd_as_a_word_and_areas_that_cannot_be(tmp_path: Path) -> None:
     rows = [one(id=i, iscrowd=word, area=area)[0] for i, (word, area) in enumerate([("0", -5), (False, 7), (True, 7)])]
-    rows += [one(id=9 + i, area=area)[0] for i, area in enumerate((float("inf"), 10**400, "large", [4]))]
+    rows += [one(id=9 + i, area=area)[0] for i, area in enumerate((float("inf"), 10**400, "large", [4], 1e300))]
     data = open_dataset(coco(tmp_path, content(annotations=rows)))
-    assert data.crowd.tolist() == [False, False, True, *[False] * 4]
-    assert data.area.tolist() == [12, 7, 7, *[12] * 4]
-    assert codes(data)["data.area"] == 5
+    assert data.crowd.tolist() == [False, False, True, *[False] * 5]
+    assert data.area.tolist() == [12, 7, 7, *[12] * 5]
+    assert codes(data)["data.area"] == 6
 
 
 VOC = "<annotation>{}<object><name>a</name>{}<bndbox>{}</bndbox></object></annotation>"

@@ -13,12 +13,13 @@ import numpy as np
 
 from finedetr.data.dataset import Categories, Draft, Note, absolute, listed, split_name
 from finedetr.data.formats.folders import picture_folder
+from finedetr.data.formats.numbers import told_size, whole
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["evidence", "read", "splits"]
 
 ROBOFLOW = "_annotations.coco.json"
-LARGEST = 1 << 62  # of ids, in either direction
+LARGEST = 1 << 62  # of ids, in either direction, and of areas
 KEYS = ("images", "annotations", "categories")
 
 
@@ -169,7 +170,7 @@ def parse(file: Path) -> dict[str, list[Any]]:
             code="json",
             hint="Was the file cut off while it was copied?",
         ) from error
-    except (UnicodeDecodeError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # no text, or a number of thousands of digits
         raise DataError(f"{file}: cannot be read ({error})", code="json") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: wanted an object with {', '.join(KEYS)}; got a {type(content).__name__}", code="keys")
@@ -192,7 +193,7 @@ def read_categories(reading: Reading, root: Path) -> Categories:
             raise DataError(f"{place}: wanted an id (a whole number) and a name; got {item!r:.120}", code="keys")
         identity = int(item["id"])
         if abs(identity) >= LARGEST:
-            raise DataError(f"{place}: category id {identity:.3g} is too large", code="keys")
+            raise DataError(f"{place}: the category id is too large", code="keys")
         if identity in table:
             raise DataError(f"{place}: category id {identity} is given twice", code="duplicate_id")
         table[identity] = str(item["name"])
@@ -226,19 +227,6 @@ def unused_placeholder(reading: Reading, root: Path) -> int | None:
     return None if used else 0
 
 
-def whole(value: Any) -> int | None:
-    """An integer that is written as one, as an integral float or as digits; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().isdigit():
-        return int(value)
-    return None
-
-
 def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]]:
     """Names, ids, sizes as annotated (0: not told), and the index of each id as the file writes it."""
     names: list[str] = []
@@ -261,8 +249,7 @@ def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]
         index_of[key] = number
         keys.append(key)
         names.append(item["file_name"].replace("\\", "/"))
-        width, height = whole(item.get("width")), whole(item.get("height"))
-        sizes[number] = (width, height) if width and height and 0 < min(width, height) < 1 << 20 else 0
+        sizes[number] = told_size(item.get("width"), item.get("height"))
     if not names:
         raise DataError(f"{reading.path}: the list of images is empty", code="empty_split")
     return names, picture_ids(reading, keys), sizes, index_of
@@ -298,15 +285,15 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
             raise DataError(f"{place}: category_id {item['category_id']!r} is none of the {known}", code="class_range")
         box, area = numbers_of(reading, number, item)
         identity = whole(item.get("id"))
-        identity = -1 if identity is None or identity >= LARGEST else identity
+        identity = -1 if identity is None or abs(identity) >= LARGEST else identity
         crowd = item.get("iscrowd") not in (None, 0, "", "0", "false", "False")
-        unusable += item.get("area") is not None and not 0 <= area < math.inf
-        rows.append((picture, label, *box, crowd, area if 0 <= area < math.inf else math.nan, identity))
+        unusable += item.get("area") is not None and not 0 <= area < LARGEST
+        rows.append((picture, label, *box, crowd, area if 0 <= area < LARGEST else math.nan, identity))
     if orphans:
         message = f"{len(orphans)} annotations belong to no listed picture and are dropped: {listed(orphans)}"
         reading.note("orphan", "warn", message, tuple(orphans), len(orphans))
     if unusable:
-        message = f"{unusable} areas are negative or no numbers: width times height is taken instead."
+        message = f"{unusable} areas are negative, too large or no numbers: width times height is taken instead."
         reading.note("area", "warn", message, count=unusable)
     table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     identities = annotation_ids(reading, [row[8] for row in rows])
@@ -323,7 +310,7 @@ def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tup
     except (KeyError, TypeError, ValueError, OverflowError):
         area = math.nan
     try:
-        box = tuple(float(value) for value in item["bbox"])
+        box = tuple(float(value) for value in item["bbox"]) if isinstance(item["bbox"], list) else ()
     except (TypeError, ValueError, OverflowError):
         box = ()
     if len(box) != 4:

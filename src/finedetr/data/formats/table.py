@@ -13,6 +13,7 @@ import numpy as np
 
 from finedetr.data.dataset import Categories, Draft, absolute, listed, split_name
 from finedetr.data.formats.folders import picture_folder
+from finedetr.data.formats.numbers import told_size, whole
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["COLUMNS", "evidence", "read", "splits"]
@@ -178,9 +179,7 @@ def parse(cells: list[str], columns: dict[str, int], file: Path, line: int) -> R
     image, label = texts["image"].replace("\\", "/"), texts["label"]
     if not image:
         raise DataError(f"{file}:{line}: names no picture", code="csv")
-    width, height = (texts.get(name, "") for name in ("width", "height"))
-    told = width.isdecimal() and height.isdecimal() and 0 < min(int(width), int(height)) < 1 << 20
-    size = (int(width), int(height)) if told else (0, 0)
+    size = told_size(texts.get("width"), texts.get("height"))
     words = [texts[name] for name in CORNERS]
     if not any(words) and not label:
         return Row(line, image, "", None, False, size)
@@ -214,6 +213,7 @@ def read_classes(tables: list[list[Row] | Iterator[Row]], root: Path) -> Categor
     names = {row.label for rows in tables for row in rows if row.box is not None}
     if not names:
         raise DataError(f"{root}: no row has a label", code="keys")
-    numeric = all(name.isdecimal() for name in names)
-    ordered = sorted(names, key=lambda name: (int(name) if numeric else 0, name))
+    numbers = {name: whole(name) for name in names}
+    numeric = None not in numbers.values()
+    ordered = sorted(names, key=lambda name: (numbers[name] if numeric else 0, name))
     return Categories(tuple(range(len(ordered))), tuple(ordered))

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.numbers import told_size
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -129,10 +130,9 @@ def size_of(tree: ElementTree.Element | None) -> tuple[int, int]:
     if size is None:
         return 0, 0
     try:
-        width, height = int(float(size.findtext("width") or 0)), int(float(size.findtext("height") or 0))
+        return told_size(*(int(float(size.findtext(key) or 0)) for key in ("width", "height")))
     except (ValueError, OverflowError):
         return 0, 0
-    return (width, height) if min(width, height) > 0 and max(width, height) < 1 << 20 else (0, 0)
 
 
 def read_objects(

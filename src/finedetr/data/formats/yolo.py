@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.numbers import whole
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -122,7 +123,7 @@ def read_names(file: Path, names: Any) -> Categories:
     """Class names from a list, or from a mapping of index to name."""
     if isinstance(names, list):
         table = dict(enumerate(names))
-    elif isinstance(names, dict) and all(str(key).isdigit() for key in names):
+    elif isinstance(names, dict) and all(whole(str(key)) is not None for key in names):
         table = {int(key): value for key, value in names.items()}
     else:
         raise DataError(f"{file}: wanted `names` as a list or as index: name; got {names!r:.80}", code="yaml")
