@@ -213,6 +213,12 @@ def test_yolo_names_as_list_or_mapping(tmp_path: Path, names: str) -> None:
     assert open_dataset(yolo(tmp_path, "1 .5 .5 .1 .1", names)).categories.names == ("cat", "dog")
 
 
+def test_yolo_names_are_what_is_written(tmp_path: Path) -> None:
+    root = yolo(tmp_path, None, "test: null\nnames: [on, off, 007, 2024-01-01, 1.10]")
+    assert open_dataset(root).categories.names == ("on", "off", "007", "2024-01-01", "1.10")
+    assert list_splits(root) == ("train", "val")
+
+
 @pytest.mark.parametrize("entry", ["images/train/", "[images/train]", "train.txt", "../images/train"])
 def test_yolo_splits_as_folder_list_or_text(tmp_path: Path, entry: str) -> None:
     folder = yolo(tmp_path, "1 .5 .5 .1 .1")
@@ -249,6 +255,8 @@ def test_faults_of_label_files_name_file_and_line(tmp_path: Path, label: str, co
         ("names: 5\ntrain: images/train", "wanted `names`"),
         ("names: {'²': a}\ntrain: images/train", "wanted `names`"),
         ("names:", "names"),
+        ("names: {0: a, '0': b}\ntrain: images/train", "'0' is given twice"),
+        ("names: [a]\ntrain: images/train\ntrain: images/val", "'train' is given twice"),
     ],
 )
 def test_faults_of_the_yaml_are_named(tmp_path: Path, text: str, message: str) -> None:

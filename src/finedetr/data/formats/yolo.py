@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -48,12 +48,29 @@ def find_yaml(root: Path) -> Path | None:
     return found[0] if found else None
 
 
+class Words(yaml.SafeLoader):
+    """Every scalar but null is the text that stands there (`no` is a class, not False); a key comes once."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; an error where a key is given twice."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
     """The file and what it says."""
     file = root if root.is_file() else find_yaml(root)
     assert file is not None  # sniffing found it
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=Words)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())})", code="yaml") from error
     if not isinstance(content, dict) or not content.get("names"):
