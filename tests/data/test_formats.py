@@ -219,6 +219,18 @@ def test_yolo_names_are_what_is_written(tmp_path: Path) -> None:
     assert list_splits(root) == ("train", "val")
 
 
+def test_yolo_keypoints_are_left_out_and_counted(tmp_path: Path) -> None:
+    names = "kpt_shape: [2, 3]\nnames: [cat]"
+    data = open_dataset(yolo(tmp_path, "0 .5 .5 .2 .4 .45 .45 2 .55 .55 0\n0 .5 .5 .2 .4\n", names))
+    assert np.allclose(data.boxes, [[40, 24, 60, 56]] * 2)
+    assert codes(data) == {"data.left_out": 1, "data.duplicate_box": 1}
+    with pytest.raises(DataError, match=r"a\.txt:1: wanted class cx cy w h and 6 numbers of keypoints; got 9"):
+        open_dataset(yolo(tmp_path, "0 .5 .5 .2 .4 .45 .45 .55 .55", names))
+    for shape in ("5", "[2]", "[2, x]"):
+        with pytest.raises(DataError, match="wanted `kpt_shape`"):
+            open_dataset(yolo(tmp_path, None, f"kpt_shape: {shape}\nnames: [cat]"))
+
+
 @pytest.mark.parametrize("entry", ["images/train/", "[images/train]", "train.txt", "../images/train"])
 def test_yolo_splits_as_folder_list_or_text(tmp_path: Path, entry: str) -> None:
     folder = yolo(tmp_path, "1 .5 .5 .1 .1")

@@ -105,16 +105,21 @@ def read(root: Path, split: str, evidence: str) -> Draft:
             Note("data.class_names", "warn", f"several classes share a name: {listed(twice)}", count=len(twice))
         )
     labels = [label_file(path) for path in files]
-    rows, lines, pictures, polygons = [], [], [], 0
+    rows, lines, pictures, polygons, poses = [], [], [], 0, 0
+    keypoints = keypoint_numbers(file, content)
     class_index = categories.index_of()
     for picture, label in enumerate(labels):
-        for line, values in read_label_file(label):
+        for line, row in read_label_file(label):
+            values = without_keypoints(row, keypoints, label, line) if keypoints else row
+            poses += len(values) < len(row)
             rows.append((class_of(values[0], class_index, label, line, file), *box_of(values, label, line)))
             lines.append(line)
             pictures.append(picture)
             polygons += len(values) > 5
     if polygons:
         notes.append(Note("data.polygons", "info", f"{polygons} polygons are read as their boxes.", count=polygons))
+    if poses:
+        notes.append(Note("data.left_out", "info", f"the keypoints of {poses} boxes are left out.", count=poses))
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     return Draft(
         split=split,
@@ -254,6 +259,27 @@ def class_of(value: float, class_index: dict[int, int], path: str, line: int, ya
             hint="Did the file number classes from 1?",
         )
     return class_index[number]
+
+
+def keypoint_numbers(file: Path, content: dict[str, Any]) -> int:
+    """How many numbers follow each box for its keypoints: the product of `kpt_shape`, 0 where there is none."""
+    shape = content.get("kpt_shape") or [0, 0]
+    numbers = [whole(number) for number in shape] if isinstance(shape, list) else []
+    points, each = numbers if len(numbers) == 2 else (None, None)
+    if points is None or each is None:
+        raise DataError(f"{file}: wanted `kpt_shape` as [points, 2 or 3]; got {shape!r:.80}", code="yaml")
+    return points * each
+
+
+def without_keypoints(values: list[float], keypoints: int, path: str, line: int) -> list[float]:
+    """Class and box of a row; behind them it may have as many numbers as all keypoints take."""
+    if len(values) not in (5, 5 + keypoints):
+        raise DataError(
+            f"{path}:{line}: wanted class cx cy w h and {keypoints} numbers of keypoints; got {len(values)} numbers",
+            code="labels",
+            hint="kpt_shape in data.yaml says how many points a box has, and how many numbers a point.",
+        )
+    return values[:5]
 
 
 def box_of(values: list[float], path: str, line: int) -> tuple[float, float, float, float]:
