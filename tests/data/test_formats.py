@@ -476,6 +476,22 @@ def test_voc_with_an_unknown_encoding_sizes_and_marks(tmp_path: Path) -> None:
     assert data.crowd.tolist() == [False], "a word that is not yes is no mark"
 
 
+def test_voc_pictures_in_folders_and_with_spaces(tmp_path: Path) -> None:
+    root = voc_of(tmp_path, VOC.format("", "", CORNERS), b"a b\nsub/c\nd 0\n")
+    write(root / "Annotations" / "sub" / "c.xml", VOC.format("", "", CORNERS).replace("<name>a<", "<name>z<"))
+    for name in ("sub/c.png", "d.png", "d 0.png"):
+        picture(root / "JPEGImages" / name)
+    data = open_dataset(root)
+    assert [Path(file).name for file in data.files] == ["a b.jpg", "c.png", "d 0.png"]
+    assert data.categories.names == ("a", "z")
+    assert data.labels.tolist() == [0, 1]
+
+
+def test_voc_names_may_stand_in_a_namespace(tmp_path: Path) -> None:
+    xml = VOC.format("", "", CORNERS).replace("<annotation>", '<annotation xmlns="http://a.b/c">')
+    assert len(open_dataset(voc_of(tmp_path, xml)).boxes) == 1
+
+
 def yolo_of(root: Path, yaml: bytes = b"train: images\nnames: [a, b]\n", label: bytes = b"0 .5 .5 .2 .2\n") -> Path:
     picture(root / "images" / "a.jpg")
     write(root / "labels" / "a.txt", "").write_bytes(label)

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.folders import below
 from finedetr.data.formats.numbers import whole
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
@@ -166,7 +167,7 @@ def picture_files(file: Path, content: dict[str, Any], split: str) -> list[str]:
     found: list[str] = []
     for item in places:
         place = resolve(file, content, str(item))
-        found += listed_in(place, file, content) if place.is_file() else below(place)
+        found += listed_in(place, file, content) if place.is_file() else below(place, SUFFIXES)
     unique = list(dict.fromkeys(found))
     if not unique:
         raise DataError(f"split {split!r} of {file} has no pictures (looked in {listed(places)})", code="empty_split")
@@ -190,17 +191,6 @@ def resolve(file: Path, content: dict[str, Any], item: str) -> Path:
         code="split",
         hint="Mend `path`, or the split's entry.",
     )
-
-
-def below(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted; a link to a folder that is walked already leads nowhere."""
-    found, walked = [], {os.path.realpath(folder)}
-    for place, folders, names in os.walk(absolute(folder), followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in targets.items() if target not in walked]
-        walked |= set(targets.values())
-        found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
-    return sorted(found)
 
 
 def listed_in(file: Path, yaml_file: Path, content: dict[str, Any]) -> list[str]:
