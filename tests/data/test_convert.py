@@ -166,3 +166,44 @@ def test_the_command_converts_says_what_is_lost_and_refuses_what_cannot_be(
     assert main(["data", "convert", one, f"{out}3", "--to", "csv", "--split", "a"]) == 2
     assert main(["data", "convert", one, f"{out}3", "--to", "tfrecord"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def shared(root: Path, *entries: tuple[str, int, list[int]]) -> Path:
+    """One picture, listed with one box for each (split, class, box)."""
+    picture(root / "images" / "p.png")
+    for split in dict.fromkeys(split for split, _, _ in entries):
+        own = [(label, box) for name, label, box in entries if name == split]
+        content = {
+            "images": [{"id": i, "file_name": "p.png"} for i in range(len(own))],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": label, "bbox": box} for i, (label, box) in enumerate(own)
+            ],
+            "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
+        }
+        write(root / "annotations" / f"instances_{split}.json", json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
+def test_a_picture_under_two_ids_keeps_the_boxes_of_both(tmp_path: Path, to: str) -> None:
+    source = shared(tmp_path / "source", ("train", 0, [5, 5, 30, 30]), ("train", 1, [40, 20, 30, 30]))
+    (data,) = splits(source)
+    assert [note.message for note in data.notes if note.code == "data.duplicate_image"] == [
+        f"1 pictures of train are listed more than once: {data.files[0]}"
+    ]
+    told = {note.code: note.count for note in convert([data], tmp_path / to, to)}
+    (after,) = splits(tmp_path / to)
+    assert after.labels.tolist() == [0, 1]
+    assert np.allclose(after.boxes, data.boxes, atol=1e-4)
+    assert len(after) == (2 if to == "coco" else 1)
+    assert told.get("data.duplicate_image") == (1 if to in ("yolo", "voc") else None)
+
+
+def test_a_picture_with_other_boxes_in_another_split_gets_a_name_of_its_own_in_voc(tmp_path: Path) -> None:
+    same = [("trainval", 0, [5, 5, 30, 30]), ("train", 0, [5, 5, 30, 30])]
+    source = shared(tmp_path / "source", *same, ("val", 1, [40, 20, 30, 30]))
+    notes = convert(splits(source), tmp_path / "voc", "voc")
+    assert [note.count for note in notes if note.code == "data.renamed"] == [1]
+    found = {data.split: by_picture(data) for data in splits(tmp_path / "voc")}
+    first, other = ("a", False, [5.0, 5.0, 35.0, 35.0]), ("b", False, [40.0, 20.0, 70.0, 50.0])
+    assert found == {"train": {"p.png": [first]}, "trainval": {"p.png": [first]}, "val": {"p-2.png": [other]}}

@@ -76,6 +76,8 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
     check_tables(datasets, to)
     notes: list[Note] = []
     splits = choose_splits(datasets, to, notes)
+    if to in ("yolo", "voc"):
+        splits = [one_entry_a_file(data, notes) for data in splits]
     notes += losses(splits, to)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -133,6 +135,26 @@ def choose_splits(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> li
     return kept
 
 
+def one_entry_a_file(data: Dataset, notes: list[Note]) -> Dataset:
+    """Entries of the same file made one, with the boxes of all: there is one label file for a picture."""
+    first: dict[str, int] = {}
+    owner = np.array([first.setdefault(file, index) for index, file in enumerate(data.files)])
+    if len(first) == len(data):
+        return data
+    order = np.argsort(owner, kind="stable")
+    together = data.subset(order)
+    begins = np.flatnonzero(owner[order] == order)  # where the entries of another file begin
+    message = f"{len(data) - len(first)} further entries of pictures of {data.split} join the first, with their boxes"
+    notes.append(Note("data.duplicate_image", "info", message, count=len(data) - len(first)))
+    return replace(
+        together,
+        files=tuple(together.files[i] for i in begins),
+        ids=together.ids[begins],
+        sizes=together.sizes[begins],
+        starts=np.append(together.starts[begins], len(data.labels)),
+    )
+
+
 def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
     """What a layout cannot hold, counted."""
     if to == "coco":
@@ -188,23 +210,31 @@ def picture_folder(to: str, split: str) -> str:
 def picture_names(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> list[list[str]]:
     """A file name for each picture: its own where it is free; label files go by the name without its ending."""
     taken: set[str] = set()
-    known: dict[str, str] = {}  # source -> name; in VOC a picture may stand in several splits
+    known: dict[object, str] = {}  # source -> name; in VOC a picture may stand in several splits, if its boxes agree
     names, renamed = [], []
     for data in datasets:
         if to != "voc":
             taken, known = set(), {}
         given = []
-        for file in data.files:
-            if file not in known:
-                known[file] = fresh_name(Path(file), taken, labels=to in ("yolo", "voc"))
-                if known[file] != os.path.basename(file):
-                    renamed.append(f"{file} -> {known[file]}")
-            given.append(known[file])
+        for index, file in enumerate(data.files):
+            key = (file, boxes_of(data, index)) if to == "voc" else file
+            if key not in known:
+                known[key] = fresh_name(Path(file), taken, labels=to in ("yolo", "voc"))
+                if known[key] != os.path.basename(file):
+                    renamed.append(f"{file} -> {known[key]}")
+            given.append(known[key])
         names.append(given)
     if renamed:
         message = f"{len(renamed)} pictures get another name: {listed(renamed)}"
         notes.append(Note("data.renamed", "info", message, tuple(renamed[:1000]), len(renamed)))
     return names
+
+
+def boxes_of(data: Dataset, index: int) -> tuple[tuple[float, ...], ...]:
+    """The boxes of a picture with class and crowd mark, sorted, to tell whether another split says the same of it."""
+    rows = data.rows(index)
+    table = np.column_stack((data.labels[rows], data.crowd[rows], data.boxes[rows]))
+    return tuple(sorted(map(tuple, table.tolist())))
 
 
 def fresh_name(file: Path, taken: set[str], *, labels: bool) -> str:
