@@ -12,7 +12,7 @@ from finedetr.cli import main
 from finedetr.data.convert import convert, deal
 from finedetr.data.dataset import Dataset
 from finedetr.data.formats import list_splits, open_dataset
-from finedetr.errors import DataError, UsageError
+from finedetr.errors import DataError, RunError, UsageError
 from tests.data.test_formats import picture, write
 
 
@@ -168,6 +168,12 @@ def test_the_command_converts_says_what_is_lost_and_refuses_what_cannot_be(
     assert "Traceback" not in capsys.readouterr().err
 
 
+LABELS = {
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 30]}],
+    "categories": [{"id": 1, "name": "a"}],
+}
+
+
 def shared(root: Path, *entries: tuple[str, int, list[int]]) -> Path:
     """One picture, listed with one box for each (split, class, box)."""
     picture(root / "images" / "p.png")
@@ -207,3 +213,41 @@ def test_a_picture_with_other_boxes_in_another_split_gets_a_name_of_its_own_in_v
     found = {data.split: by_picture(data) for data in splits(tmp_path / "voc")}
     first, other = ("a", False, [5.0, 5.0, 35.0, 35.0]), ("b", False, [40.0, 20.0, 70.0, 50.0])
     assert found == {"train": {"p.png": [first]}, "trainval": {"p.png": [first]}, "val": {"p-2.png": [other]}}
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
+def test_names_with_backslashes_are_read_and_written_so_that_they_can_be_read(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "a\\b.png")
+    write(tmp_path / "train.json", json.dumps({"images": [{"id": 1, "file_name": "a\\b.png"}], **LABELS}))
+    convert(splits(tmp_path / "train.json"), tmp_path / to, to)
+    (data,) = splits(tmp_path / to)
+    assert [Path(file).name for file in data.files] == ["a_b.png"]
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "csv"])
+def test_a_split_may_be_called_by_a_number(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "p.png")
+    source = write(tmp_path / "2017.json", json.dumps({"images": [{"id": 1, "file_name": "p.png"}], **LABELS}))
+    convert(splits(source), tmp_path / to, to)
+    assert list_splits(tmp_path / to) == ("2017",)
+
+
+def test_an_empty_folder_is_filled_even_where_one_stands_in_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert main(["data", "convert", str(source), ".", "--to", "yolo"]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["data.yaml", "images", "labels"]
+
+
+def test_a_full_disk_names_the_target(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: str, target: Path) -> None:
+        raise OSError(28, "No space left on device", file, None, str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    for place in ("new", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(RunError, match=f"{place} cannot be written .*No space left"):
+            convert(splits(source), tmp_path / place, "coco")
+    assert not list((tmp_path / "empty").iterdir())

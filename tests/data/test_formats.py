@@ -83,7 +83,7 @@ def test_coco_keeps_original_ids_and_maps_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["roboflow", "bare"])
-def test_other_coco_layouts(tmp_path: Path, layout: str) -> None:
+def test_other_coco_layouts(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "valid"
     for name in ("a.jpg", "b.jpg"):
         picture(folder / name)
@@ -91,6 +91,9 @@ def test_other_coco_layouts(tmp_path: Path, layout: str) -> None:
     data = open_dataset(tmp_path, "val") if layout == "roboflow" else open_dataset(file)
     assert len(data) == 2
     assert len(data.boxes) == 2
+    if layout == "roboflow":
+        monkeypatch.chdir(folder)
+        assert list_splits(".") == ("val",)
 
 
 def test_roboflow_placeholder_is_dropped_only_if_no_split_uses_it(tmp_path: Path) -> None:

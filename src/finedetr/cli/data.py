@@ -122,8 +122,9 @@ def _open(path: Path, flags: Check | Convert) -> list[Dataset]:
 def _convert(flags: Convert) -> dict[str, Any] | None:
     if not is_hugging_face(flags.source):
         return _rewrite(Path(flags.source), flags)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=flags.out.parent, prefix=".unpacked-") as folder:
+    beside = flags.out.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".unpacked-") as folder:
         unpack(flags.source, Path(folder))
         return _rewrite(Path(folder), replace(flags, layout="coco", link=False))
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from finedetr.data.dataset import COMMON, Dataset, Note, listed, unions
 from finedetr.data.images import SUFFIXES
-from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.errors import DataError, RunError, UsageError, did_you_mean
 from finedetr.files import fresh_stem, write_text
 
 __all__ = ["TARGETS", "convert", "deal"]
@@ -51,8 +51,8 @@ def deal(dataset: Dataset, shares: Sequence[float], seed: int = 0) -> tuple[Data
 def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool = False) -> tuple[Note, ...]:
     """Writes the splits of a data set in another layout.
 
-    The folder appears when everything is in it, and never replaces anything. COCO holds all there is; of YOLO, VOC and
-    CSV the notes say what they cannot hold.
+    The folder is filled when everything is written, and nothing is ever replaced. COCO holds all that was read; of
+    YOLO, VOC and CSV the notes say what they cannot hold.
 
     Args:
         datasets: The splits.
@@ -66,8 +66,9 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
     Raises:
         UsageError: The folder holds something, or there is no such layout.
         DataError: The splits do not fit together, or the layout cannot hold a class name or a split.
+        RunError: The folder cannot be written.
     """
-    out = Path(out)
+    out = Path(out).absolute()  # "." has no name
     if to not in TARGETS:
         raise UsageError(f"no layout is called {to!r}", code="type", hint=did_you_mean(to, TARGETS))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -79,7 +80,7 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
     if to in ("yolo", "voc"):
         splits = [one_entry_a_file(data, notes) for data in splits]
     notes += losses(splits, to)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = (out if out.exists() else out.parent) / f".{out.name}.{os.getpid()}.part"
     try:
         names = picture_names(splits, to, notes)
         for data, given in zip(splits, names, strict=True):
@@ -87,8 +88,13 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
             write_split(part, data, given, to)
         if to == "yolo":
             write_yaml(part, splits)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, out)
+        if out.exists():  # it may be where somebody stands, or a disk of its own: it is filled, not replaced
+            for item in sorted(part.iterdir()):
+                os.replace(item, out / item.name)
+        else:
+            os.replace(part, out)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error})", code="io") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return tuple(notes)
@@ -238,12 +244,15 @@ def boxes_of(data: Dataset, index: int) -> tuple[tuple[float, ...], ...]:
 
 
 def fresh_name(file: Path, taken: set[str], *, labels: bool) -> str:
-    """The picture's name, printable and with a known ending; numbered where it (its stem, for labels) is taken."""
+    """The picture's name, printable and with a known ending; numbered where it (its stem, for labels) is taken.
+
+    A backslash, which annotations made on Windows write between folders, becomes an underscore.
+    """
     suffix = file.suffix
     if suffix.lower() not in SUFFIXES:
         with Image.open(file) as opened:
             suffix = f".{(opened.format or 'png').lower()}"
-    own = "".join(c if c.isprintable() else "_" for c in file.stem).strip() or "picture"
+    own = "".join(c if c.isprintable() and c != "\\" else "_" for c in file.stem).strip() or "picture"
     return fresh_stem(own, taken, "" if labels else suffix) + suffix
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed, split_name
-from finedetr.data.formats.folders import picture_folder
+from finedetr.data.dataset import Categories, Draft, Note, listed, split_name
+from finedetr.data.formats.folders import picture_folder, picture_path
 from finedetr.data.formats.numbers import told_size, whole
 from finedetr.errors import DataError, did_you_mean
 
@@ -60,7 +60,8 @@ def evidence(root: Path) -> str:
 
 def split_of(stem: str) -> str:
     """`instances_train2017` -> `train`."""
-    return split_name(stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-"))
+    own = stem.lower().removeprefix("instances_").removesuffix(".coco")
+    return split_name(own.rstrip("0123456789").rstrip("_-") or own or stem)
 
 
 def annotation_files(root: Path) -> dict[str, list[Path]]:
@@ -97,7 +98,7 @@ def splits(root: Path) -> tuple[str, ...]:
     if root.is_file():
         return (split_of(root.stem),)
     if (root / ROBOFLOW).is_file():
-        return (split_of(root.name),)
+        return (split_of(root.absolute().name),)
     return tuple(annotation_files(root))
 
 
@@ -145,7 +146,7 @@ def read(root: Path, split: str, evidence: str) -> Draft:
         split=split if not root.is_file() else split_of(file.stem),
         layout="coco",
         evidence=f"{evidence}; annotations in {file.name}, pictures in {folder.name or folder}",
-        files=tuple(absolute(folder / name) for name in names),
+        files=tuple(picture_path(folder, name) for name in names),
         ids=ids,
         sizes=sizes,
         picture=picture,
@@ -248,7 +249,7 @@ def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]
             )
         index_of[key] = number
         keys.append(key)
-        names.append(item["file_name"].replace("\\", "/"))
+        names.append(item["file_name"])
         sizes[number] = told_size(item.get("width"), item.get("height"))
     if not names:
         raise DataError(f"{reading.path}: the list of images is empty", code="empty_split")

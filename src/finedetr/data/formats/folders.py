@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finedetr.data.dataset import absolute
 
-__all__ = ["below", "picture_folder"]
+__all__ = ["below", "picture_folder", "picture_path"]
 
 
 def picture_folder(file: Path, splits: Sequence[str], names: Sequence[str]) -> Path:
@@ -24,7 +24,13 @@ def picture_folder(file: Path, splits: Sequence[str], names: Sequence[str]) -> P
     for split in dict.fromkeys(splits):
         candidates += [base / split, base / "images" / split, base / split / "images"]
     probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
+    return max(candidates, key=lambda folder: sum(os.path.isfile(picture_path(folder, name)) for name in probe))
+
+
+def picture_path(folder: Path, name: str) -> str:
+    """Absolute path of a picture. A backslash stands for a slash, as on Windows, unless a file has it in its name."""
+    own = absolute(folder / name)
+    return absolute(folder / name.replace("\\", "/")) if "\\" in name and not os.path.isfile(own) else own
 
 
 def below(folder: Path, suffixes: Collection[str]) -> list[str]:
