@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_the_command_converts_says_what_is_lost_and_refuses_what_cannot_be(
     assert "Traceback" not in capsys.readouterr().err
 
 
-LABELS = {
+LABELS: dict[str, list[dict[str, Any]]] = {
     "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 30]}],
     "categories": [{"id": 1, "name": "a"}],
 }
@@ -251,3 +252,23 @@ def test_a_full_disk_names_the_target(source: Path, tmp_path: Path, monkeypatch:
         with pytest.raises(RunError, match=f"{place} cannot be written .*No space left"):
             convert(splits(source), tmp_path / place, "coco")
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_is_not_read_is_told_where_it_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "images" / "p.png")
+    row = LABELS["annotations"][0] | {"segmentation": [[1, 2, 3, 4, 5, 6]]}
+    content = {"images": [{"id": 1, "file_name": "p.png"}], **LABELS, "annotations": [row]}
+    source = write(tmp_path / "train.json", json.dumps(content))
+    assert main(["data", "convert", str(source), str(tmp_path / "out"), "--to", "coco"]) == 0
+    assert "data.left_out: annotations say more than is read: segmentation of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["voc", "csv"])
+def test_names_that_differ_in_spaces_become_one_and_are_told(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "p.png")
+    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "car "}]
+    content = {"images": [{"id": 1, "file_name": "p.png"}], **LABELS, "categories": names}
+    notes = convert(splits(write(tmp_path / "train.json", json.dumps(content))), tmp_path / to, to)
+    assert [note.message for note in notes if note.code == "data.class_names"] == [
+        "1 names stand for several classes, which become one: car"
+    ]

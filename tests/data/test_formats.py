@@ -117,6 +117,13 @@ def test_roboflow_placeholder_is_dropped_only_if_no_split_uses_it(tmp_path: Path
     assert list_splits(tmp_path) == ("train", "val")
 
 
+def test_coco_counts_what_it_does_not_read(tmp_path: Path) -> None:
+    more = {"segmentation": [[1, 2, 3, 4, 5, 6]], "keypoints": [1, 2, 2], "attributes": {"wet": False}}
+    rows = [one(id=1, **more)[0], one(id=2, segmentation=[], keypoints=[3, 4, 2])[0]]
+    (note,) = (n for n in open_dataset(coco(tmp_path, content(annotations=rows))).notes if n.code == "data.left_out")
+    assert note.message == "annotations say more than is read: keypoints of 2, segmentation of 1, attributes of 1"
+
+
 def test_a_missing_area_is_width_times_height(tmp_path: Path) -> None:
     annotation = one()
     del annotation[0]["area"], annotation[0]["iscrowd"]

@@ -139,7 +139,8 @@ def _rewrite(source: Path, flags: Convert) -> dict[str, Any] | None:
                 hint="Leave --split out, or give the file of one split.",
             )
         splits = list(deal(splits[0], _shares(flags.split), flags.seed))
-    notes = [note for data in splits for note in data.notes if note.level == "warn"]
+    lost = ("data.left_out", "data.polygons")  # told here, where they do not come along
+    notes = [note for data in splits for note in data.notes if note.level == "warn" or note.code in lost]
     notes += convert(splits, flags.out, flags.to, link=flags.link)
     said = list(dict.fromkeys(f"{note.level}: {note}" for note in notes))
     written = [open_dataset(flags.out, split, layout=flags.to) for split in list_splits(flags.out, flags.to)]

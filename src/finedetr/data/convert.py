@@ -182,7 +182,7 @@ def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
         if absent:
             message = f"{len(absent)} classes without a box are lost, as {to} has no list of classes: {listed(absent)}"
             yield Note("data.class_absent", "warn", message, tuple(absent), len(absent))
-        twice = [name for name, count in Counter(table.names).items() if count > 1]
+        twice = [name for name, count in Counter(map(str.strip, table.names)).items() if count > 1]
         if twice:
             message = f"{len(twice)} names stand for several classes, which become one: {listed(twice)}"
             yield Note("data.class_names", "warn", message, tuple(twice), len(twice))

@@ -21,6 +21,7 @@ __all__ = ["evidence", "read", "splits"]
 ROBOFLOW = "_annotations.coco.json"
 LARGEST = 1 << 62  # of ids, in either direction, and of areas
 KEYS = ("images", "annotations", "categories")
+READ = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}  # of an annotation
 
 
 @dataclass
@@ -290,6 +291,7 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
         crowd = item.get("iscrowd") not in (None, 0, "", "0", "false", "False")
         unusable += item.get("area") is not None and not 0 <= area < LARGEST
         rows.append((picture, label, *box, crowd, area if 0 <= area < LARGEST else math.nan, identity))
+    note_left_out(reading)
     if orphans:
         message = f"{len(orphans)} annotations belong to no listed picture and are dropped: {listed(orphans)}"
         reading.note("orphan", "warn", message, tuple(orphans), len(orphans))
@@ -302,6 +304,16 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
         boxes = np.column_stack((table[:, 2:4], table[:, 2:4] + table[:, 4:6]))
     pictures, labels = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     return pictures, labels, boxes, table[:, 6].astype(bool), table[:, 7], identities
+
+
+def note_left_out(reading: Reading) -> None:
+    """Counts what annotations say beside their boxes, such as outlines and keypoints."""
+    counts = Counter(
+        key for item in reading.content["annotations"] for key, value in item.items() if value and key not in READ
+    )
+    if counts:
+        which = listed([f"{key} of {count}" for key, count in counts.most_common()])
+        reading.note("left_out", "info", f"annotations say more than is read: {which}", tuple(counts), counts.total())
 
 
 def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tuple[float, ...], float]:
