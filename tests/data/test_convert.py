@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from finedetr.cli import main
 from finedetr.data.convert import convert, deal
 from finedetr.data.dataset import Dataset
 from finedetr.data.formats import list_splits, open_dataset
-from finedetr.errors import DataError, UsageError
+from finedetr.errors import DataError, RunError, UsageError
 from tests.data.test_formats import picture, write
 
 
@@ -166,3 +167,108 @@ def test_the_command_converts_says_what_is_lost_and_refuses_what_cannot_be(
     assert main(["data", "convert", one, f"{out}3", "--to", "csv", "--split", "a"]) == 2
     assert main(["data", "convert", one, f"{out}3", "--to", "tfrecord"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+LABELS: dict[str, list[dict[str, Any]]] = {
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 30]}],
+    "categories": [{"id": 1, "name": "a"}],
+}
+
+
+def shared(root: Path, *entries: tuple[str, int, list[int]]) -> Path:
+    """One picture, listed with one box for each (split, class, box)."""
+    picture(root / "images" / "p.png")
+    for split in dict.fromkeys(split for split, _, _ in entries):
+        own = [(label, box) for name, label, box in entries if name == split]
+        content = {
+            "images": [{"id": i, "file_name": "p.png"} for i in range(len(own))],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": label, "bbox": box} for i, (label, box) in enumerate(own)
+            ],
+            "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
+        }
+        write(root / "annotations" / f"instances_{split}.json", json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
+def test_a_picture_under_two_ids_keeps_the_boxes_of_both(tmp_path: Path, to: str) -> None:
+    source = shared(tmp_path / "source", ("train", 0, [5, 5, 30, 30]), ("train", 1, [40, 20, 30, 30]))
+    (data,) = splits(source)
+    assert [note.message for note in data.notes if note.code == "data.duplicate_image"] == [
+        f"1 pictures of train are listed more than once: {data.files[0]}"
+    ]
+    told = {note.code: note.count for note in convert([data], tmp_path / to, to)}
+    (after,) = splits(tmp_path / to)
+    assert after.labels.tolist() == [0, 1]
+    assert np.allclose(after.boxes, data.boxes, atol=1e-4)
+    assert len(after) == (2 if to == "coco" else 1)
+    assert told.get("data.duplicate_image") == (1 if to in ("yolo", "voc") else None)
+
+
+def test_a_picture_with_other_boxes_in_another_split_gets_a_name_of_its_own_in_voc(tmp_path: Path) -> None:
+    same = [("trainval", 0, [5, 5, 30, 30]), ("train", 0, [5, 5, 30, 30])]
+    source = shared(tmp_path / "source", *same, ("val", 1, [40, 20, 30, 30]))
+    notes = convert(splits(source), tmp_path / "voc", "voc")
+    assert [note.count for note in notes if note.code == "data.renamed"] == [1]
+    found = {data.split: by_picture(data) for data in splits(tmp_path / "voc")}
+    first, other = ("a", False, [5.0, 5.0, 35.0, 35.0]), ("b", False, [40.0, 20.0, 70.0, 50.0])
+    assert found == {"train": {"p.png": [first]}, "trainval": {"p.png": [first]}, "val": {"p-2.png": [other]}}
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
+def test_names_with_backslashes_are_read_and_written_so_that_they_can_be_read(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "a\\b.png")
+    write(tmp_path / "train.json", json.dumps({"images": [{"id": 1, "file_name": "a\\b.png"}], **LABELS}))
+    convert(splits(tmp_path / "train.json"), tmp_path / to, to)
+    (data,) = splits(tmp_path / to)
+    assert [Path(file).name for file in data.files] == ["a_b.png"]
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "csv"])
+def test_a_split_may_be_called_by_a_number(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "p.png")
+    source = write(tmp_path / "2017.json", json.dumps({"images": [{"id": 1, "file_name": "p.png"}], **LABELS}))
+    convert(splits(source), tmp_path / to, to)
+    assert list_splits(tmp_path / to) == ("2017",)
+
+
+def test_an_empty_folder_is_filled_even_where_one_stands_in_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert main(["data", "convert", str(source), ".", "--to", "yolo"]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["data.yaml", "images", "labels"]
+
+
+def test_a_full_disk_names_the_target(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: str, target: Path) -> None:
+        raise OSError(28, "No space left on device", file, None, str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    for place in ("new", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(RunError, match=f"{place} cannot be written .*No space left"):
+            convert(splits(source), tmp_path / place, "coco")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_is_not_read_is_told_where_it_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "images" / "p.png")
+    row = LABELS["annotations"][0] | {"segmentation": [[1, 2, 3, 4, 5, 6]]}
+    content = {"images": [{"id": 1, "file_name": "p.png"}], **LABELS, "annotations": [row]}
+    source = write(tmp_path / "train.json", json.dumps(content))
+    assert main(["data", "convert", str(source), str(tmp_path / "out"), "--to", "coco"]) == 0
+    assert "data.left_out: annotations say more than is read: segmentation of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["voc", "csv"])
+def test_names_that_differ_in_spaces_become_one_and_are_told(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "images" / "p.png")
+    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "car "}]
+    content = {"images": [{"id": 1, "file_name": "p.png"}], **LABELS, "categories": names}
+    notes = convert(splits(write(tmp_path / "train.json", json.dumps(content))), tmp_path / to, to)
+    assert [note.message for note in notes if note.code == "data.class_names"] == [
+        "1 names stand for several classes, which become one: car"
+    ]

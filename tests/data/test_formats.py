@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_coco_keeps_original_ids_and_maps_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["roboflow", "bare"])
-def test_other_coco_layouts(tmp_path: Path, layout: str) -> None:
+def test_other_coco_layouts(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "valid"
     for name in ("a.jpg", "b.jpg"):
         picture(folder / name)
@@ -90,6 +91,9 @@ def test_other_coco_layouts(tmp_path: Path, layout: str) -> None:
     data = open_dataset(tmp_path, "val") if layout == "roboflow" else open_dataset(file)
     assert len(data) == 2
     assert len(data.boxes) == 2
+    if layout == "roboflow":
+        monkeypatch.chdir(folder)
+        assert list_splits(".") == ("val",)
 
 
 def test_roboflow_placeholder_is_dropped_only_if_no_split_uses_it(tmp_path: Path) -> None:
@@ -111,6 +115,13 @@ def test_roboflow_placeholder_is_dropped_only_if_no_split_uses_it(tmp_path: Path
     write(tmp_path / "valid" / "_annotations.coco.json", content(categories=categories, annotations=one(category_id=0)))
     assert open_dataset(tmp_path, "train").categories.ids == (0, 1, 2)
     assert list_splits(tmp_path) == ("train", "val")
+
+
+def test_coco_counts_what_it_does_not_read(tmp_path: Path) -> None:
+    more = {"segmentation": [[1, 2, 3, 4, 5, 6]], "keypoints": [1, 2, 2], "attributes": {"wet": False}}
+    rows = [one(id=1, **more)[0], one(id=2, segmentation=[], keypoints=[3, 4, 2])[0]]
+    (note,) = (n for n in open_dataset(coco(tmp_path, content(annotations=rows))).notes if n.code == "data.left_out")
+    assert note.message == "annotations say more than is read: keypoints of 2, segmentation of 1, attributes of 1"
 
 
 def test_a_missing_area_is_width_times_height(tmp_path: Path) -> None:
@@ -212,6 +223,24 @@ def test_yolo_names_as_list_or_mapping(tmp_path: Path, names: str) -> None:
     assert open_dataset(yolo(tmp_path, "1 .5 .5 .1 .1", names)).categories.names == ("cat", "dog")
 
 
+def test_yolo_names_are_what_is_written(tmp_path: Path) -> None:
+    root = yolo(tmp_path, None, "test: null\nnames: [on, off, 007, 2024-01-01, 1.10]")
+    assert open_dataset(root).categories.names == ("on", "off", "007", "2024-01-01", "1.10")
+    assert list_splits(root) == ("train", "val")
+
+
+def test_yolo_keypoints_are_left_out_and_counted(tmp_path: Path) -> None:
+    names = "kpt_shape: [2, 3]\nnames: [cat]"
+    data = open_dataset(yolo(tmp_path, "0 .5 .5 .2 .4 .45 .45 2 .55 .55 0\n0 .5 .5 .2 .4\n", names))
+    assert np.allclose(data.boxes, [[40, 24, 60, 56]] * 2)
+    assert codes(data) == {"data.left_out": 1, "data.duplicate_box": 1}
+    with pytest.raises(DataError, match=r"a\.txt:1: wanted class cx cy w h and 6 numbers of keypoints; got 9"):
+        open_dataset(yolo(tmp_path, "0 .5 .5 .2 .4 .45 .45 .55 .55", names))
+    for shape in ("5", "[2]", "[2, x]"):
+        with pytest.raises(DataError, match="wanted `kpt_shape`"):
+            open_dataset(yolo(tmp_path, None, f"kpt_shape: {shape}\nnames: [cat]"))
+
+
 @pytest.mark.parametrize("entry", ["images/train/", "[images/train]", "train.txt", "../images/train"])
 def test_yolo_splits_as_folder_list_or_text(tmp_path: Path, entry: str) -> None:
     folder = yolo(tmp_path, "1 .5 .5 .1 .1")
@@ -246,7 +275,10 @@ def test_faults_of_label_files_name_file_and_line(tmp_path: Path, label: str, co
     [
         ("names: [a\ntrain: x", "not valid YAML"),
         ("names: 5\ntrain: images/train", "wanted `names`"),
+        ("names: {'²': a}\ntrain: images/train", "wanted `names`"),
         ("names:", "names"),
+        ("names: {0: a, '0': b}\ntrain: images/train", "'0' is given twice"),
+        ("names: [a]\ntrain: images/train\ntrain: images/val", "'train' is given twice"),
     ],
 )
 def test_faults_of_the_yaml_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -379,7 +411,10 @@ def test_a_subset_keeps_the_rows_of_its_pictures(real_data: Path) -> None:
     ("changes", "code"),
     [
         ({"categories": [{"id": 10**30, "name": "a"}], "annotations": []}, "data.keys"),
+        ({"categories": [{"id": 10**400, "name": "a"}], "annotations": []}, "data.keys"),
+        ({"categories": [{"id": "²", "name": "a"}], "annotations": []}, "data.keys"),
         ({"annotations": one(bbox=[10**400, 1, 2, 3])}, "data.box"),
+        ({"annotations": one(bbox="1234")}, "data.box"),
         ({"annotations": one(bbox=[1e308, 0, 1e308, 5])}, "data.nonfinite"),
         ({"categories": [{"id": 5, "name": "\ud800"}], "annotations": one()}, "data.class_names"),
         ({"images": [{"id": 7, "file_name": "a\0.jpg"}], "annotations": one()}, "data.missing_image"),
@@ -396,13 +431,30 @@ def test_numbers_and_names_that_no_machine_holds_are_refused(
     assert caught.value.code == code
 
 
+def test_a_number_of_thousands_of_digits_is_no_traceback(tmp_path: Path) -> None:
+    text = json.dumps(content()).replace('"id": 11', '"id": ' + "1" * 5000)
+    with suppress(DataError):  # Pythons from before the limit read it
+        open_dataset(coco(tmp_path, text))
+
+
+def test_odd_sizes_and_ids_are_as_if_they_were_not_told(tmp_path: Path) -> None:
+    sizes = [("²", 80), (10**400, 80), ("9" * 5000, "80"), (100.0, "80")]
+    images = [{"id": i, "file_name": "a.jpg", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    images.append({"id": "²", "file_name": "b.jpg"})
+    rows = [one(id=identity, image_id="²")[0] for identity in (3, -(10**400))]
+    data = open_dataset(coco(tmp_path, content(images=images, annotations=rows)))
+    assert data.sizes.tolist() == [[100, 80]] * 5
+    assert data.annotation_ids.tolist() == [1, 2]
+    assert {"data.image_ids", "data.duplicate_id"} <= set(codes(data))
+
+
 def test_crowd_as_a_word_and_areas_that_cannot_be(tmp_path: Path) -> None:
     rows = [one(id=i, iscrowd=word, area=area)[0] for i, (word, area) in enumerate([("0", -5), (False, 7), (True, 7)])]
-    rows += [one(id=9 + i, area=area)[0] for i, area in enumerate((float("inf"), 10**400, "large", [4]))]
+    rows += [one(id=9 + i, area=area)[0] for i, area in enumerate((float("inf"), 10**400, "large", [4], 1e300))]
     data = open_dataset(coco(tmp_path, content(annotations=rows)))
-    assert data.crowd.tolist() == [False, False, True, *[False] * 4]
-    assert data.area.tolist() == [12, 7, 7, *[12] * 4]
-    assert codes(data)["data.area"] == 5
+    assert data.crowd.tolist() == [False, False, True, *[False] * 5]
+    assert data.area.tolist() == [12, 7, 7, *[12] * 5]
+    assert codes(data)["data.area"] == 6
 
 
 VOC = "<annotation>{}<object><name>a</name>{}<bndbox>{}</bndbox></object></annotation>"
@@ -432,6 +484,22 @@ def test_voc_with_an_unknown_encoding_sizes_and_marks(tmp_path: Path) -> None:
     data = open_dataset(voc_of(tmp_path / "size", VOC.format(size, "<difficult>Unspecified</difficult>", CORNERS)))
     assert data.sizes.tolist() == [[100, 80]]
     assert data.crowd.tolist() == [False], "a word that is not yes is no mark"
+
+
+def test_voc_pictures_in_folders_and_with_spaces(tmp_path: Path) -> None:
+    root = voc_of(tmp_path, VOC.format("", "", CORNERS), b"a b\nsub/c\nd 0\n")
+    write(root / "Annotations" / "sub" / "c.xml", VOC.format("", "", CORNERS).replace("<name>a<", "<name>z<"))
+    for name in ("sub/c.png", "d.png", "d 0.png"):
+        picture(root / "JPEGImages" / name)
+    data = open_dataset(root)
+    assert [Path(file).name for file in data.files] == ["a b.jpg", "c.png", "d 0.png"]
+    assert data.categories.names == ("a", "z")
+    assert data.labels.tolist() == [0, 1]
+
+
+def test_voc_names_may_stand_in_a_namespace(tmp_path: Path) -> None:
+    xml = VOC.format("", "", CORNERS).replace("<annotation>", '<annotation xmlns="http://a.b/c">')
+    assert len(open_dataset(voc_of(tmp_path, xml)).boxes) == 1
 
 
 def yolo_of(root: Path, yaml: bytes = b"train: images\nnames: [a, b]\n", label: bytes = b"0 .5 .5 .2 .2\n") -> Path:

@@ -89,7 +89,9 @@ def test_tables_become_coco_with_the_names_of_their_class_label(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "saved"], "what was unpacked on the way is gone"
 
 
-def test_words_as_categories_and_objects_as_a_list(library: Any, tmp_path: Path) -> None:
+def test_words_as_categories_and_objects_as_a_list(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, Any]] = []
     objects = [{"bbox": [1, 2, 3, 4], "label": "emu"}, {"bbox": [5, 6, 7, 8], "label": "ant"}]
     rows = Rows({"image": 1, "objects": Column({"bbox": 1, "label": 1})}, [{"image": encoded(), "objects": objects}])
@@ -99,7 +101,9 @@ def test_words_as_categories_and_objects_as_a_list(library: Any, tmp_path: Path)
         return {"train": rows}
 
     library.load_dataset = load_dataset
-    assert main(["data", "convert", "hf://owner/birds@v2", str(tmp_path / "out"), "--to", "yolo"]) == 0
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert main(["data", "convert", "hf://owner/birds@v2", ".", "--to", "yolo"]) == 0
     assert asked == [("owner/birds", "v2")]
     data = open_dataset(tmp_path / "out")
     assert [data.categories.names[label] for label in data.labels] == ["emu", "ant"]

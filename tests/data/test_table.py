@@ -64,6 +64,20 @@ def test_crowd_and_numbered_classes(tmp_path: Path) -> None:
     assert codes(data) == {"data.crowd": 1}
 
 
+def test_one_picture_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    data = open_dataset(table(tmp_path, f"{HEADER}images/a.jpg,1,2,30,40,dog\nimages\\a.jpg,5,6,30,40,dog\n"))
+    assert data.starts.tolist() == [0, 2]
+    assert codes(data) == {}
+
+
+def test_numbers_of_thousands_of_digits_are_words(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    rows = f"a.jpg,1,2,30,40,{digits},{digits},80\na.jpg,1,2,30,40,2,100,80\nb.jpg,1,2,3,4,10,{10**15},80\n"
+    data = open_dataset(table(tmp_path, f"{HEADER.strip()},width,height\n{rows}"))
+    assert data.categories.names == ("10", digits, "2"), "words, in the alphabet's order"
+    assert data.sizes.tolist() == [[100, 80], [100, 80]]
+
+
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [

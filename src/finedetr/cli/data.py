@@ -122,8 +122,9 @@ def _open(path: Path, flags: Check | Convert) -> list[Dataset]:
 def _convert(flags: Convert) -> dict[str, Any] | None:
     if not is_hugging_face(flags.source):
         return _rewrite(Path(flags.source), flags)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=flags.out.parent, prefix=".unpacked-") as folder:
+    beside = flags.out.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".unpacked-") as folder:
         unpack(flags.source, Path(folder))
         return _rewrite(Path(folder), replace(flags, layout="coco", link=False))
 
@@ -138,7 +139,8 @@ def _rewrite(source: Path, flags: Convert) -> dict[str, Any] | None:
                 hint="Leave --split out, or give the file of one split.",
             )
         splits = list(deal(splits[0], _shares(flags.split), flags.seed))
-    notes = [note for data in splits for note in data.notes if note.level == "warn"]
+    lost = ("data.left_out", "data.polygons")  # told here, where they do not come along
+    notes = [note for data in splits for note in data.notes if note.level == "warn" or note.code in lost]
     notes += convert(splits, flags.out, flags.to, link=flags.link)
     said = list(dict.fromkeys(f"{note.level}: {note}" for note in notes))
     written = [open_dataset(flags.out, split, layout=flags.to) for split in list_splits(flags.out, flags.to)]

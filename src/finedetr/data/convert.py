@@ -19,7 +19,7 @@ from PIL import Image
 
 from finedetr.data.dataset import COMMON, Dataset, Note, listed, unions
 from finedetr.data.images import SUFFIXES
-from finedetr.errors import DataError, UsageError, did_you_mean
+from finedetr.errors import DataError, RunError, UsageError, did_you_mean
 from finedetr.files import fresh_stem, write_text
 
 __all__ = ["TARGETS", "convert", "deal"]
@@ -51,8 +51,8 @@ def deal(dataset: Dataset, shares: Sequence[float], seed: int = 0) -> tuple[Data
 def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool = False) -> tuple[Note, ...]:
     """Writes the splits of a data set in another layout.
 
-    The folder appears when everything is in it, and never replaces anything. COCO holds all there is; of YOLO, VOC and
-    CSV the notes say what they cannot hold.
+    The folder is filled when everything is written, and nothing is ever replaced. COCO holds all that was read; of
+    YOLO, VOC and CSV the notes say what they cannot hold.
 
     Args:
         datasets: The splits.
@@ -66,8 +66,9 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
     Raises:
         UsageError: The folder holds something, or there is no such layout.
         DataError: The splits do not fit together, or the layout cannot hold a class name or a split.
+        RunError: The folder cannot be written.
     """
-    out = Path(out)
+    out = Path(out).absolute()  # "." has no name
     if to not in TARGETS:
         raise UsageError(f"no layout is called {to!r}", code="type", hint=did_you_mean(to, TARGETS))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -76,8 +77,10 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
     check_tables(datasets, to)
     notes: list[Note] = []
     splits = choose_splits(datasets, to, notes)
+    if to in ("yolo", "voc"):
+        splits = [one_entry_a_file(data, notes) for data in splits]
     notes += losses(splits, to)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = (out if out.exists() else out.parent) / f".{out.name}.{os.getpid()}.part"
     try:
         names = picture_names(splits, to, notes)
         for data, given in zip(splits, names, strict=True):
@@ -85,8 +88,13 @@ def convert(datasets: Sequence[Dataset], out: str | Path, to: str, *, link: bool
             write_split(part, data, given, to)
         if to == "yolo":
             write_yaml(part, splits)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, out)
+        if out.exists():  # it may be where somebody stands, or a disk of its own: it is filled, not replaced
+            for item in sorted(part.iterdir()):
+                os.replace(item, out / item.name)
+        else:
+            os.replace(part, out)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error})", code="io") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return tuple(notes)
@@ -133,6 +141,26 @@ def choose_splits(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> li
     return kept
 
 
+def one_entry_a_file(data: Dataset, notes: list[Note]) -> Dataset:
+    """Entries of the same file made one, with the boxes of all: there is one label file for a picture."""
+    first: dict[str, int] = {}
+    owner = np.array([first.setdefault(file, index) for index, file in enumerate(data.files)])
+    if len(first) == len(data):
+        return data
+    order = np.argsort(owner, kind="stable")
+    together = data.subset(order)
+    begins = np.flatnonzero(owner[order] == order)  # where the entries of another file begin
+    message = f"{len(data) - len(first)} further entries of pictures of {data.split} join the first, with their boxes"
+    notes.append(Note("data.duplicate_image", "info", message, count=len(data) - len(first)))
+    return replace(
+        together,
+        files=tuple(together.files[i] for i in begins),
+        ids=together.ids[begins],
+        sizes=together.sizes[begins],
+        starts=np.append(together.starts[begins], len(data.labels)),
+    )
+
+
 def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
     """What a layout cannot hold, counted."""
     if to == "coco":
@@ -154,7 +182,7 @@ def losses(datasets: Sequence[Dataset], to: str) -> Iterator[Note]:
         if absent:
             message = f"{len(absent)} classes without a box are lost, as {to} has no list of classes: {listed(absent)}"
             yield Note("data.class_absent", "warn", message, tuple(absent), len(absent))
-        twice = [name for name, count in Counter(table.names).items() if count > 1]
+        twice = [name for name, count in Counter(map(str.strip, table.names)).items() if count > 1]
         if twice:
             message = f"{len(twice)} names stand for several classes, which become one: {listed(twice)}"
             yield Note("data.class_names", "warn", message, tuple(twice), len(twice))
@@ -188,18 +216,19 @@ def picture_folder(to: str, split: str) -> str:
 def picture_names(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> list[list[str]]:
     """A file name for each picture: its own where it is free; label files go by the name without its ending."""
     taken: set[str] = set()
-    known: dict[str, str] = {}  # source -> name; in VOC a picture may stand in several splits
+    known: dict[object, str] = {}  # source -> name; in VOC a picture may stand in several splits, if its boxes agree
     names, renamed = [], []
     for data in datasets:
         if to != "voc":
             taken, known = set(), {}
         given = []
-        for file in data.files:
-            if file not in known:
-                known[file] = fresh_name(Path(file), taken, labels=to in ("yolo", "voc"))
-                if known[file] != os.path.basename(file):
-                    renamed.append(f"{file} -> {known[file]}")
-            given.append(known[file])
+        for index, file in enumerate(data.files):
+            key = (file, boxes_of(data, index)) if to == "voc" else file
+            if key not in known:
+                known[key] = fresh_name(Path(file), taken, labels=to in ("yolo", "voc"))
+                if known[key] != os.path.basename(file):
+                    renamed.append(f"{file} -> {known[key]}")
+            given.append(known[key])
         names.append(given)
     if renamed:
         message = f"{len(renamed)} pictures get another name: {listed(renamed)}"
@@ -207,13 +236,23 @@ def picture_names(datasets: Sequence[Dataset], to: str, notes: list[Note]) -> li
     return names
 
 
+def boxes_of(data: Dataset, index: int) -> tuple[tuple[float, ...], ...]:
+    """The boxes of a picture with class and crowd mark, sorted, to tell whether another split says the same of it."""
+    rows = data.rows(index)
+    table = np.column_stack((data.labels[rows], data.crowd[rows], data.boxes[rows]))
+    return tuple(sorted(map(tuple, table.tolist())))
+
+
 def fresh_name(file: Path, taken: set[str], *, labels: bool) -> str:
-    """The picture's name, printable and with a known ending; numbered where it (its stem, for labels) is taken."""
+    """The picture's name, printable and with a known ending; numbered where it (its stem, for labels) is taken.
+
+    A backslash, which annotations made on Windows write between folders, becomes an underscore.
+    """
     suffix = file.suffix
     if suffix.lower() not in SUFFIXES:
         with Image.open(file) as opened:
             suffix = f".{(opened.format or 'png').lower()}"
-    own = "".join(c if c.isprintable() else "_" for c in file.stem).strip() or "picture"
+    own = "".join(c if c.isprintable() and c != "\\" else "_" for c in file.stem).strip() or "picture"
     return fresh_stem(own, taken, "" if labels else suffix) + suffix
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def finish(draft: Draft, *, skip_missing: bool = False) -> Dataset:
     Raises:
         DataError: A fault that cannot be mended here (codes of the data set table: nonfinite, size, missing_image ...).
     """
-    notes = list(draft.notes)
+    notes = [*draft.notes, *repeated_files(draft)]
     check_finite(draft)
     keep = np.ones(len(draft.files), dtype=bool)
     turned = np.ones(len(draft.files), dtype=np.int64)
@@ -239,6 +240,13 @@ def check_finite(draft: Draft) -> None:
         raise DataError(
             f"{draft.where(int(bad[0]))}: the box contains NaN or infinity ({len(bad)} such boxes)", code="nonfinite"
         )
+
+
+def repeated_files(draft: Draft) -> list[Note]:
+    """A note of the pictures that are listed more than once, such as under two ids."""
+    files = tuple(file for file, count in Counter(draft.files).items() if count > 1)
+    message = f"{len(files)} pictures of {draft.split} are listed more than once: {listed(files)}"
+    return [Note("data.duplicate_image", "warn", message, files, len(files))] if files else []
 
 
 def read_headers(draft: Draft, notes: list[Note], skip_missing: bool) -> list[Header | None]:

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, Note, absolute, listed, split_name
-from finedetr.data.formats.folders import picture_folder
+from finedetr.data.dataset import Categories, Draft, Note, listed, split_name
+from finedetr.data.formats.folders import picture_folder, picture_path
+from finedetr.data.formats.numbers import told_size, whole
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["evidence", "read", "splits"]
 
 ROBOFLOW = "_annotations.coco.json"
-LARGEST = 1 << 62  # of ids, in either direction
+LARGEST = 1 << 62  # of ids, in either direction, and of areas
 KEYS = ("images", "annotations", "categories")
+READ = {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}  # of an annotation
 
 
 @dataclass
@@ -59,7 +61,8 @@ def evidence(root: Path) -> str:
 
 def split_of(stem: str) -> str:
     """`instances_train2017` -> `train`."""
-    return split_name(stem.lower().removeprefix("instances_").removesuffix(".coco").rstrip("0123456789").rstrip("_-"))
+    own = stem.lower().removeprefix("instances_").removesuffix(".coco")
+    return split_name(own.rstrip("0123456789").rstrip("_-") or own or stem)
 
 
 def annotation_files(root: Path) -> dict[str, list[Path]]:
@@ -96,7 +99,7 @@ def splits(root: Path) -> tuple[str, ...]:
     if root.is_file():
         return (split_of(root.stem),)
     if (root / ROBOFLOW).is_file():
-        return (split_of(root.name),)
+        return (split_of(root.absolute().name),)
     return tuple(annotation_files(root))
 
 
@@ -144,7 +147,7 @@ def read(root: Path, split: str, evidence: str) -> Draft:
         split=split if not root.is_file() else split_of(file.stem),
         layout="coco",
         evidence=f"{evidence}; annotations in {file.name}, pictures in {folder.name or folder}",
-        files=tuple(absolute(folder / name) for name in names),
+        files=tuple(picture_path(folder, name) for name in names),
         ids=ids,
         sizes=sizes,
         picture=picture,
@@ -169,7 +172,7 @@ def parse(file: Path) -> dict[str, list[Any]]:
             code="json",
             hint="Was the file cut off while it was copied?",
         ) from error
-    except (UnicodeDecodeError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # no text, or a number of thousands of digits
         raise DataError(f"{file}: cannot be read ({error})", code="json") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: wanted an object with {', '.join(KEYS)}; got a {type(content).__name__}", code="keys")
@@ -192,7 +195,7 @@ def read_categories(reading: Reading, root: Path) -> Categories:
             raise DataError(f"{place}: wanted an id (a whole number) and a name; got {item!r:.120}", code="keys")
         identity = int(item["id"])
         if abs(identity) >= LARGEST:
-            raise DataError(f"{place}: category id {identity:.3g} is too large", code="keys")
+            raise DataError(f"{place}: the category id is too large", code="keys")
         if identity in table:
             raise DataError(f"{place}: category id {identity} is given twice", code="duplicate_id")
         table[identity] = str(item["name"])
@@ -226,19 +229,6 @@ def unused_placeholder(reading: Reading, root: Path) -> int | None:
     return None if used else 0
 
 
-def whole(value: Any) -> int | None:
-    """An integer that is written as one, as an integral float or as digits; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().isdigit():
-        return int(value)
-    return None
-
-
 def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]]:
     """Names, ids, sizes as annotated (0: not told), and the index of each id as the file writes it."""
     names: list[str] = []
@@ -260,9 +250,8 @@ def read_pictures(reading: Reading) -> tuple[list[str], Any, Any, dict[Any, int]
             )
         index_of[key] = number
         keys.append(key)
-        names.append(item["file_name"].replace("\\", "/"))
-        width, height = whole(item.get("width")), whole(item.get("height"))
-        sizes[number] = (width, height) if width and height and 0 < min(width, height) < 1 << 20 else 0
+        names.append(item["file_name"])
+        sizes[number] = told_size(item.get("width"), item.get("height"))
     if not names:
         raise DataError(f"{reading.path}: the list of images is empty", code="empty_split")
     return names, picture_ids(reading, keys), sizes, index_of
@@ -298,15 +287,16 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
             raise DataError(f"{place}: category_id {item['category_id']!r} is none of the {known}", code="class_range")
         box, area = numbers_of(reading, number, item)
         identity = whole(item.get("id"))
-        identity = -1 if identity is None or identity >= LARGEST else identity
+        identity = -1 if identity is None or abs(identity) >= LARGEST else identity
         crowd = item.get("iscrowd") not in (None, 0, "", "0", "false", "False")
-        unusable += item.get("area") is not None and not 0 <= area < math.inf
-        rows.append((picture, label, *box, crowd, area if 0 <= area < math.inf else math.nan, identity))
+        unusable += item.get("area") is not None and not 0 <= area < LARGEST
+        rows.append((picture, label, *box, crowd, area if 0 <= area < LARGEST else math.nan, identity))
+    note_left_out(reading)
     if orphans:
         message = f"{len(orphans)} annotations belong to no listed picture and are dropped: {listed(orphans)}"
         reading.note("orphan", "warn", message, tuple(orphans), len(orphans))
     if unusable:
-        message = f"{unusable} areas are negative or no numbers: width times height is taken instead."
+        message = f"{unusable} areas are negative, too large or no numbers: width times height is taken instead."
         reading.note("area", "warn", message, count=unusable)
     table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     identities = annotation_ids(reading, [row[8] for row in rows])
@@ -316,6 +306,16 @@ def read_annotations(reading: Reading, index_of: dict[Any, int], categories: Cat
     return pictures, labels, boxes, table[:, 6].astype(bool), table[:, 7], identities
 
 
+def note_left_out(reading: Reading) -> None:
+    """Counts what annotations say beside their boxes, such as outlines and keypoints."""
+    counts = Counter(
+        key for item in reading.content["annotations"] for key, value in item.items() if value and key not in READ
+    )
+    if counts:
+        which = listed([f"{key} of {count}" for key, count in counts.most_common()])
+        reading.note("left_out", "info", f"annotations say more than is read: {which}", tuple(counts), counts.total())
+
+
 def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tuple[float, ...], float]:
     """The four numbers of a box and its area (NaN: not given, or no number)."""
     try:
@@ -323,7 +323,7 @@ def numbers_of(reading: Reading, number: int, item: dict[str, Any]) -> tuple[tup
     except (KeyError, TypeError, ValueError, OverflowError):
         area = math.nan
     try:
-        box = tuple(float(value) for value in item["bbox"])
+        box = tuple(float(value) for value in item["bbox"]) if isinstance(item["bbox"], list) else ()
     except (TypeError, ValueError, OverflowError):
         box = ()
     if len(box) != 4:

@@ -1,12 +1,14 @@
-"""The folder in which the pictures of an annotation file stand."""
+"""Where the pictures of an annotation file stand, and what is below a folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-__all__ = ["picture_folder"]
+from finedetr.data.dataset import absolute
+
+__all__ = ["below", "picture_folder", "picture_path"]
 
 
 def picture_folder(file: Path, splits: Sequence[str], names: Sequence[str]) -> Path:
@@ -22,4 +24,21 @@ def picture_folder(file: Path, splits: Sequence[str], names: Sequence[str]) -> P
     for split in dict.fromkeys(splits):
         candidates += [base / split, base / "images" / split, base / split / "images"]
     probe = names[:: max(1, len(names) // 20)]
-    return max(candidates, key=lambda folder: sum(os.path.isfile(folder / name) for name in probe))
+    return max(candidates, key=lambda folder: sum(os.path.isfile(picture_path(folder, name)) for name in probe))
+
+
+def picture_path(folder: Path, name: str) -> str:
+    """Absolute path of a picture. A backslash stands for a slash, as on Windows, unless a file has it in its name."""
+    own = absolute(folder / name)
+    return absolute(folder / name.replace("\\", "/")) if "\\" in name and not os.path.isfile(own) else own
+
+
+def below(folder: Path, suffixes: Collection[str]) -> list[str]:
+    """Every file below a folder with one of the endings, sorted; a link to a folder walked already leads nowhere."""
+    found, walked = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(absolute(folder), followlinks=True):
+        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders[:] = [name for name, target in targets.items() if target not in walked]
+        walked |= set(targets.values())
+        found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
+    return sorted(found)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finedetr.data.dataset import Categories, Draft, absolute, listed, split_name
-from finedetr.data.formats.folders import picture_folder
+from finedetr.data.dataset import Categories, Draft, listed, split_name
+from finedetr.data.formats.folders import picture_folder, picture_path
+from finedetr.data.formats.numbers import told_size, whole
 from finedetr.errors import DataError, did_you_mean
 
 __all__ = ["COLUMNS", "evidence", "read", "splits"]
@@ -120,22 +121,24 @@ def read(root: Path, split: str, evidence: str) -> Draft:
         raise DataError(f"{file} names no pictures", code="empty_split")
     categories = read_classes([rows, *(read_rows(other) for other, _ in tables if other != file)], root)
     index_of = {name: index for index, name in enumerate(categories.names)}
-    pictures = {name: index for index, name in enumerate(dict.fromkeys(row.image for row in rows))}
     boxed = [row for row in rows if row.box is not None]
     not_normalized(file, boxed)
     split = splits(root)[0] if root.is_file() else split
-    folder = picture_folder(file, (file.stem, split), list(pictures))
+    names = list(dict.fromkeys(row.image for row in rows))
+    folder = picture_folder(file, (file.stem, split), names)
+    path_of = {name: os.path.normpath(picture_path(folder, name)) for name in names}
+    pictures = {path: index for index, path in enumerate(dict.fromkeys(path_of.values()))}
     sizes = np.zeros((len(pictures), 2), dtype=np.int32)
     for row in rows:
-        sizes[pictures[row.image]] = row.size
+        sizes[pictures[path_of[row.image]]] = row.size
     return Draft(
         split=split,
         layout="csv",
         evidence=f"{evidence}; {file.name} names {len(pictures)} pictures, in {folder.name or folder}",
-        files=tuple(absolute(os.path.normpath(folder / name)) for name in pictures),
+        files=tuple(pictures),
         ids=np.arange(1, len(pictures) + 1, dtype=np.int64),
         sizes=sizes,
-        picture=np.array([pictures[row.image] for row in boxed], dtype=np.int64),
+        picture=np.array([pictures[path_of[row.image]] for row in boxed], dtype=np.int64),
         labels=np.array([index_of[row.label] for row in boxed], dtype=np.int64),
         boxes=np.array([row.box for row in boxed], dtype=np.float64).reshape(-1, 4),
         crowd=np.array([row.crowd for row in boxed], dtype=bool),
@@ -175,12 +178,10 @@ def read_rows(file: Path) -> Iterator[Row]:
 def parse(cells: list[str], columns: dict[str, int], file: Path, line: int) -> Row:
     """One row of cells."""
     texts = {name: cells[at].strip() if at < len(cells) else "" for name, at in columns.items()}
-    image, label = texts["image"].replace("\\", "/"), texts["label"]
+    image, label = texts["image"], texts["label"]
     if not image:
         raise DataError(f"{file}:{line}: names no picture", code="csv")
-    width, height = (texts.get(name, "") for name in ("width", "height"))
-    told = width.isdecimal() and height.isdecimal() and 0 < min(int(width), int(height)) < 1 << 20
-    size = (int(width), int(height)) if told else (0, 0)
+    size = told_size(texts.get("width"), texts.get("height"))
     words = [texts[name] for name in CORNERS]
     if not any(words) and not label:
         return Row(line, image, "", None, False, size)
@@ -214,6 +215,7 @@ def read_classes(tables: list[list[Row] | Iterator[Row]], root: Path) -> Categor
     names = {row.label for rows in tables for row in rows if row.box is not None}
     if not names:
         raise DataError(f"{root}: no row has a label", code="keys")
-    numeric = all(name.isdecimal() for name in names)
-    ordered = sorted(names, key=lambda name: (int(name) if numeric else 0, name))
+    numbers = {name: whole(name) for name in names}
+    numeric = None not in numbers.values()
+    ordered = sorted(names, key=lambda name: (numbers[name] if numeric else 0, name))
     return Categories(tuple(range(len(ordered))), tuple(ordered))

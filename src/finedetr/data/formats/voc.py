@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.folders import below
+from finedetr.data.formats.numbers import told_size
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -43,7 +47,8 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     known = split_files(root)
     if split not in known:
         raise DataError(f"{root} has no split {split!r}", code="split", hint=did_you_mean(split, known))
-    names = read_list(root, known[split])
+    pictures = picture_files(root)
+    names = read_list(root, known[split], pictures)
     if not names:
         raise DataError(f"{known[split]} names no pictures", code="empty_split")
     repeated = len(names) - len(set(names))
@@ -64,7 +69,7 @@ def read(root: Path, split: str, evidence: str) -> Draft:
         split=split,
         layout="voc",
         evidence=f"{evidence}; {known[split].name} lists {len(names)} pictures",
-        files=picture_files(root, names),
+        files=tuple(pictures.get(name) or absolute(root / "JPEGImages" / f"{name}.jpg") for name in names),
         ids=np.arange(1, len(names) + 1, dtype=np.int64),
         sizes=np.array([size_of(tree) for tree in trees], dtype=np.int32).reshape(-1, 2),
         picture=table[:, 0].astype(np.int64),
@@ -79,28 +84,30 @@ def read(root: Path, split: str, evidence: str) -> Draft:
     )
 
 
-def read_list(root: Path, file: Path) -> list[str]:
+def read_list(root: Path, file: Path, pictures: Mapping[str, str]) -> list[str]:
     """Names in a split's file. A mark may follow a name (`2008_000008 -1`); a name that exists may hold spaces."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})", code="split", hint="A list is UTF-8 text.") from error
     return [
-        line if (root / "Annotations" / f"{line}.xml").is_file() else line.split()[0] for line in lines if line.strip()
+        line if line in pictures or (root / "Annotations" / f"{line}.xml").is_file() else line.split()[0]
+        for line in lines
+        if line.strip()
     ]
 
 
-def picture_files(root: Path, names: list[str]) -> tuple[str, ...]:
-    """The file of each name, whatever its suffix; `.jpg` where there is none, to be reported as absent."""
+def picture_files(root: Path) -> dict[str, str]:
+    """Name -> file of every picture, whatever its suffix; one in a folder below is `folder/name`."""
     folder = root / "JPEGImages"
-    found = {file.stem: file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
-    return tuple(absolute(folder / found.get(name, f"{name}.jpg")) for name in names)
+    files = below(folder, SUFFIXES)
+    return {os.path.splitext(os.path.relpath(file, absolute(folder)))[0].replace(os.sep, "/"): file for file in files}
 
 
 def parse(file: Path) -> ElementTree.Element | None:
-    """The root of an XML; None where the file is absent."""
+    """The root of an XML, its names without namespaces; None where the file is absent."""
     try:
-        return ElementTree.fromstring(file.read_bytes())
+        tree = ElementTree.fromstring(file.read_bytes())
     except FileNotFoundError:
         return None
     except ElementTree.ParseError as error:
@@ -108,13 +115,16 @@ def parse(file: Path) -> ElementTree.Element | None:
         raise DataError(f"{file}:{line}:{column}: not valid XML ({error})", code="xml") from error
     except (OSError, LookupError, ValueError) as error:  # an encoding that nobody knows, or that expat cannot read
         raise DataError(f"{file}: cannot be read ({error})", code="xml") from error
+    for item in tree.iter():
+        item.tag = item.tag.rpartition("}")[2]
+    return tree
 
 
 def read_classes(root: Path) -> Categories:
     """Every class name of every annotation, sorted: the same table for all splits."""
     names: set[str] = set()
-    for file in sorted((root / "Annotations").glob("*.xml")):
-        tree = parse(file)
+    for file in below(root / "Annotations", (".xml",)):
+        tree = parse(Path(file))
         if tree is not None:
             names |= {(item.findtext("name") or "").strip() for item in tree.iter("object")}
     names.discard("")
@@ -129,10 +139,9 @@ def size_of(tree: ElementTree.Element | None) -> tuple[int, int]:
     if size is None:
         return 0, 0
     try:
-        width, height = int(float(size.findtext("width") or 0)), int(float(size.findtext("height") or 0))
+        return told_size(*(int(float(size.findtext(key) or 0)) for key in ("width", "height")))
     except (ValueError, OverflowError):
         return 0, 0
-    return (width, height) if min(width, height) > 0 and max(width, height) < 1 << 20 else (0, 0)
 
 
 def read_objects(

@@ -6,12 +6,14 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
 
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
+from finedetr.data.formats.folders import below
+from finedetr.data.formats.numbers import whole
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
 
@@ -47,12 +49,29 @@ def find_yaml(root: Path) -> Path | None:
     return found[0] if found else None
 
 
+class Words(yaml.SafeLoader):
+    """Every scalar but null is the text that stands there (`no` is a class, not False); a key comes once."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; an error where a key is given twice."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
     """The file and what it says."""
     file = root if root.is_file() else find_yaml(root)
     assert file is not None  # sniffing found it
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=Words)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())})", code="yaml") from error
     if not isinstance(content, dict) or not content.get("names"):
@@ -87,16 +106,21 @@ def read(root: Path, split: str, evidence: str) -> Draft:
             Note("data.class_names", "warn", f"several classes share a name: {listed(twice)}", count=len(twice))
         )
     labels = [label_file(path) for path in files]
-    rows, lines, pictures, polygons = [], [], [], 0
+    rows, lines, pictures, polygons, poses = [], [], [], 0, 0
+    keypoints = keypoint_numbers(file, content)
     class_index = categories.index_of()
     for picture, label in enumerate(labels):
-        for line, values in read_label_file(label):
+        for line, row in read_label_file(label):
+            values = without_keypoints(row, keypoints, label, line) if keypoints else row
+            poses += len(values) < len(row)
             rows.append((class_of(values[0], class_index, label, line, file), *box_of(values, label, line)))
             lines.append(line)
             pictures.append(picture)
             polygons += len(values) > 5
     if polygons:
         notes.append(Note("data.polygons", "info", f"{polygons} polygons are read as their boxes.", count=polygons))
+    if poses:
+        notes.append(Note("data.left_out", "info", f"the keypoints of {poses} boxes are left out.", count=poses))
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     return Draft(
         split=split,
@@ -122,7 +146,7 @@ def read_names(file: Path, names: Any) -> Categories:
     """Class names from a list, or from a mapping of index to name."""
     if isinstance(names, list):
         table = dict(enumerate(names))
-    elif isinstance(names, dict) and all(str(key).isdigit() for key in names):
+    elif isinstance(names, dict) and all(whole(str(key)) is not None for key in names):
         table = {int(key): value for key, value in names.items()}
     else:
         raise DataError(f"{file}: wanted `names` as a list or as index: name; got {names!r:.80}", code="yaml")
@@ -143,7 +167,7 @@ def picture_files(file: Path, content: dict[str, Any], split: str) -> list[str]:
     found: list[str] = []
     for item in places:
         place = resolve(file, content, str(item))
-        found += listed_in(place, file, content) if place.is_file() else below(place)
+        found += listed_in(place, file, content) if place.is_file() else below(place, SUFFIXES)
     unique = list(dict.fromkeys(found))
     if not unique:
         raise DataError(f"split {split!r} of {file} has no pictures (looked in {listed(places)})", code="empty_split")
@@ -167,17 +191,6 @@ def resolve(file: Path, content: dict[str, Any], item: str) -> Path:
         code="split",
         hint="Mend `path`, or the split's entry.",
     )
-
-
-def below(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted; a link to a folder that is walked already leads nowhere."""
-    found, walked = [], {os.path.realpath(folder)}
-    for place, folders, names in os.walk(absolute(folder), followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in targets.items() if target not in walked]
-        walked |= set(targets.values())
-        found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
-    return sorted(found)
 
 
 def listed_in(file: Path, yaml_file: Path, content: dict[str, Any]) -> list[str]:
@@ -236,6 +249,27 @@ def class_of(value: float, class_index: dict[int, int], path: str, line: int, ya
             hint="Did the file number classes from 1?",
         )
     return class_index[number]
+
+
+def keypoint_numbers(file: Path, content: dict[str, Any]) -> int:
+    """How many numbers follow each box for its keypoints: the product of `kpt_shape`, 0 where there is none."""
+    shape = content.get("kpt_shape") or [0, 0]
+    numbers = [whole(number) for number in shape] if isinstance(shape, list) else []
+    points, each = numbers if len(numbers) == 2 else (None, None)
+    if points is None or each is None:
+        raise DataError(f"{file}: wanted `kpt_shape` as [points, 2 or 3]; got {shape!r:.80}", code="yaml")
+    return points * each
+
+
+def without_keypoints(values: list[float], keypoints: int, path: str, line: int) -> list[float]:
+    """Class and box of a row; behind them it may have as many numbers as all keypoints take."""
+    if len(values) not in (5, 5 + keypoints):
+        raise DataError(
+            f"{path}:{line}: wanted class cx cy w h and {keypoints} numbers of keypoints; got {len(values)} numbers",
+            code="labels",
+            hint="kpt_shape in data.yaml says how many points a box has, and how many numbers a point.",
+        )
+    return values[:5]
 
 
 def box_of(values: list[float], path: str, line: int) -> tuple[float, float, float, float]:
