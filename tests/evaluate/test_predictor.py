@@ -18,6 +18,7 @@ from PIL import Image
 from finedetr.data.dataset import Dataset
 from finedetr.detections import Detections
 from finedetr.errors import DataError, RunError, UsageError
+from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.model.weights import Card
@@ -126,11 +127,24 @@ def test_weights_that_answer_nan_are_named_and_not_measured(dataset: Dataset) ->
         Predictor(oracle, predictor_for(dataset).card)(dataset.files[3])
 
 
-def test_pictures_that_cannot_be_read_count_as_missed(dataset: Dataset) -> None:
+def test_pictures_that_cannot_be_read_are_left_out(dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     Path(dataset.files[1]).write_bytes(b"broken")
-    result, _ = evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
-    assert result.unanswered == 1
-    assert result.ap < 1
+    with caplog.at_level(logging.WARNING):
+        result, evaluator = evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
+    assert result.ap == pytest.approx(1)
+    assert (result.pictures, result.unanswered, result.unreadable) == (4, 0, 1)
+    assert "1 of 5 pictures cannot be read and are not measured" in caplog.text
+    assert evaluator.dataset.files == (dataset.files[0], *dataset.files[2:])
+    assert {row["image_id"] for row in evaluator.coco_results()} == set(evaluator.dataset.ids.tolist())
+    assert not diagnose(evaluator).worst
+
+
+def test_an_evaluation_without_any_picture_is_an_error(dataset: Dataset) -> None:
+    for file in dataset.files:
+        Path(file).write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of 5 pictures can be read") as caught:
+        evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
+    assert caught.value.code == "data.corrupt_image"
 
 
 TWO = """
@@ -148,6 +162,9 @@ dataset = solid_pictures(folder / str(rank)).subset(range(5))
 oracle = Oracle(dataset)
 result, evaluator = evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
 said = {"ap": result.ap, "unanswered": result.unanswered, "rows": len(evaluator.coco_results())}
+Path(dataset.files[1]).write_bytes(b"broken")  # of the second process
+result, evaluator = evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
+said["broken"] = (result.ap, result.unreadable, len(evaluator.dataset))
 if rank == 1:
     oracle.logits.data[3] = float("nan")
 try:
@@ -183,6 +200,7 @@ def test_two_processes_give_the_same_numbers_and_fail_together(tmp_path: Path) -
     assert [one["ap"] for one in said] == [pytest.approx(1)] * 2
     assert [one["unanswered"] for one in said] == [0, 0]
     assert said[0]["rows"] == 5 * 24
+    assert [one["broken"] for one in said] == [[pytest.approx(1), 1, 4], [pytest.approx(1), 1, 5]]
     assert "process 1" in said[0]["error"]
     assert "NaN" in said[0]["error"]
     assert "NaN" in said[1]["error"]

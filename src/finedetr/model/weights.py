@@ -179,7 +179,9 @@ def _open(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is no readable safetensors file: {error}", code="schema", hint="Is it whole? Fetch or copy it again."
+            f"{path} is no readable safetensors file: {error}",
+            code="schema",
+            hint="Is it whole? Fetch or copy it again.",
         ) from error
 
 
