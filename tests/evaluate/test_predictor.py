@@ -7,13 +7,14 @@ import logging
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from finedetr.data.dataset import Dataset
 from finedetr.detections import Detections
@@ -321,8 +322,31 @@ def test_videos_of_a_folder_are_passed_over_and_told(
         with caplog.at_level(logging.WARNING):
             assert len(predictor(source)) in (5, 10)
         assert f"{count} videos are passed over: name them one by one" in caplog.text
+        assert "no pictures are passed over" not in caplog.text
     with pytest.raises(DataError, match=r"holds no picture \(1 other files\)\n  Name videos one by one"):
         predictor(tmp_path / "deep")
+
+
+def test_files_that_are_no_pictures_are_told(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "b.TXT", "LICENSE", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert len(predictor_for(dataset)(tmp_path)) == 5
+    assert "3 files that are no pictures are passed over: 2 .txt, 1 without an ending" in caplog.text
+
+
+def test_folders_behind_links_are_read(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "only" / "links").mkdir(parents=True)
+    (tmp_path / "only" / "links" / "there").symlink_to(tmp_path)
+    assert len(predictor_for(dataset)(tmp_path / "only")) == 5
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_in_a_folder(dataset: Dataset, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "only.avif")
+    assert [d.size for d in predictor_for(dataset)(tmp_path)][-1] == (20, 10)  # type: ignore[union-attr]
 
 
 def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: Path) -> None:
@@ -330,6 +354,7 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.txt").write_text("")
+    cut = Path(dataset.files[3]).read_bytes()[:-30]
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "absent.jpg", DataError, "no such file"),
         (empty, DataError, r"no picture \(1 other"),
@@ -341,6 +366,11 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
         (np.zeros((4, 4, 3)), UsageError, "uint8"),
         (np.zeros((2, 4, 4, 3), np.uint8), UsageError, "list of arrays"),
         (np.zeros((0, 4, 3), np.uint8), UsageError, r"\[0, 4, 3\]"),
+        (torch.zeros(4, 6, 3, dtype=torch.uint8), UsageError, r"tensor \[4, 6, 3\]\n  Such as .*numpy"),
+        ([torch.zeros(3, 4, 6)], UsageError, r"tensor \[3, 4, 6\]"),
+        (Image.open(BytesIO(cut)), DataError, "a PIL image: cannot be decoded"),
+        (Image.new("RGB", (0, 5)), DataError, "a PIL image: .*no pixels"),
+        (Image.new("La", (3, 3)), DataError, "a PIL image: cannot be decoded"),
     ]
     for source, error, words in cases:
         with pytest.raises(error, match=words):

@@ -142,8 +142,8 @@ class Predictor:
         return _Asked(np.broadcast_to(np.array(scores, dtype=np.float32), len(self.names)), batch, nms, tile)
 
     def _stream(self, found: Pictures, asked: _Asked) -> Iterator[Detections]:
-        if found.videos:
-            log.warning("data.video: %d videos are passed over: name them one by one", found.videos)
+        for line in found.left_out:
+            log.warning("data.left_out: %s", line)
         with ThreadPoolExecutor(self.workers) as pool:
             loaded = self._loaded(pool, found, 2 * asked.batch)
             while group := list(itertools.islice(loaded, asked.batch)):

@@ -14,6 +14,7 @@ import yaml
 from finedetr.data.dataset import COMMON, Categories, Draft, Note, absolute, listed, split_name
 from finedetr.data.images import SUFFIXES
 from finedetr.errors import DataError, did_you_mean
+from finedetr.files import walk
 
 __all__ = ["evidence", "read", "splits"]
 
@@ -170,12 +171,9 @@ def resolve(file: Path, content: dict[str, Any], item: str) -> Path:
 
 
 def below(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted; a link to a folder that is walked already leads nowhere."""
-    found, walked = [], {os.path.realpath(folder)}
-    for place, folders, names in os.walk(absolute(folder), followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in targets.items() if target not in walked]
-        walked |= set(targets.values())
+    """Every picture below a folder, sorted."""
+    found = []
+    for place, _, names in walk(absolute(folder)):
         found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     return sorted(found)
 
