@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finedetr.errors import RunError
+from finedetr.errors import RunError, UsageError
 
-__all__ = ["fresh_stem", "read_records", "write_atomically", "write_text"]
+__all__ = ["fresh_stem", "read_records", "refuse_existing", "walk", "write_atomically", "write_text"]
+
+LONGEST = 200  # bytes of a stem that we give: disks allow 255 for the whole name
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> Path:
@@ -28,7 +31,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    short = zlib.crc32(path.name.encode(errors="surrogatepass"))  # the name itself may be as long as a name can be
+    temporary = path.with_name(f".{short:08x}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -80,16 +84,39 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def refuse_existing(paths: Iterable[Path], hint: str) -> None:
+    """UsageError `use.exists`, naming the first of these that is there already; `hint` says what to do then."""
+    for path in paths:
+        if path.exists():
+            raise UsageError(f"{path} exists", code="exists", hint=hint)
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, in the order of the names, through links to folders, too; no folder comes twice."""
+    walked = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name)):
+            target = os.path.realpath(os.path.join(place, name))
+            if target not in walked:
+                walked.add(target)
+                kept.append(name)
+        folders[:] = kept
+        yield place, folders, sorted(names)
+
+
 def fresh_stem(own: str, taken: set[str], suffix: str = "") -> str:
     """A file's name without its ending, numbered where it is taken already; from now on it is.
 
-    Case makes no difference, as on some disks.
+    Case makes no difference, as on some disks. What is too long for a file's name is cut.
 
     Args:
         own: The name that it would have.
         taken: What has been given, small letters.
         suffix: The ending, where names that differ in it may stand side by side.
     """
+    if len(data := own.encode(errors="surrogatepass")) > LONGEST:
+        own = data[:LONGEST].decode(errors="ignore")
     stem, number = own, 1
     while (key := (stem + suffix).casefold()) in taken:
         number += 1

@@ -119,6 +119,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
             "the recipe has no source 'Prior'",
         ),
         (["demo", "--minutes", "0"], 2, "minutes: more than 0 is wanted"),
+        (["demo", "--minutes", "nan"], 2, "minutes: more than 0 is wanted, nan came"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_its_status(
@@ -326,10 +327,67 @@ def test_weights_are_converted_there_and_back(tmp_path: Path, capsys: pytest.Cap
     assert all(torch.equal(tensor, ours[key]) for key, tensor in back.state_dict().items() if "tracked" not in key)
     assert main(["models", "convert", str(start), str(tmp_path / "hf"), "--to", "transformers"]) == 2
     assert "use.exists" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    assert main(["models", "convert", str(start), str(tmp_path / "mine"), "--to", "transformers"]) == 2
+    assert "config.json exists" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "config.json").read_text() == "mine"
     assert main(["models", "convert", str(start), str(tmp_path / "c.bin")]) == 2
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
     assert main(["models", "convert", str(tmp_path / "broken.pth"), str(tmp_path / "d.safetensors")]) != 0
     assert "no checkpoint that holds numbers only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried ..."])
+def test_out_of_memory_is_one_clear_message(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finedetr.cli import env
+
+    def fail(_: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(env, "run", fail)
+    assert main(["env"]) == 1
+    assert f"run.oom: out of memory: {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["weights/best.safetensors", "drawings/mine.jpg", "README.md"])
+def test_the_demo_replaces_nothing_but_a_demo(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert main(["demo", "--out", str(tmp_path), "--minutes", "0.01"]) == 2
+    assert "use.exists" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_the_demo_goes_on_after_one_that_was_interrupted_while_it_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finedetr.cli import demo
+
+    for name, value in (("TRAIN", 2), ("VAL", 1), ("SIDE", 32)):
+        monkeypatch.setattr(demo, name, value)
+    flags = demo.Demo(tmp_path / "demo")
+    draw = demo.draw_dataset
+
+    def interrupted(*given: Any, **options: Any) -> None:
+        draw(*given, **options)
+        raise KeyboardInterrupt
+
+    for again in range(2):  # into nothing, and beside an earlier demo whose note is damaged
+        demo._check(flags)
+        monkeypatch.setattr(demo, "draw_dataset", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            demo._drawings(flags)
+        monkeypatch.setattr(demo, "draw_dataset", draw)
+        demo._check(flags)
+        folder = demo._drawings(flags)
+        assert [path.name for path in flags.out.iterdir()] == ["drawings"]
+        assert sorted(path.name for path in folder.iterdir()) == ["annotations", "drawn.json", "train", "val"]
+        if not again:
+            (folder / "drawn.json").write_text("")
 
 
 @pytest.mark.slow

@@ -89,10 +89,76 @@ def test_labels_are_replaced_only_when_asked(
     mine = write(pictures / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1\n")
     again = words(weights, pictures / "a.jpg", pictures, "--format", "yolo", "--no-draw")
     assert main(again) == 2
-    assert f"use.exists: {mine.parent} holds labels already" in capsys.readouterr().err
+    assert f"use.exists: {mine} exists" in capsys.readouterr().err
     assert mine.read_text() == "0 0.5 0.5 0.1 0.1\n"
     assert main([*again, "--overwrite"]) == 0
     assert len(mine.read_text().splitlines()) > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("coco", "predictions.json"), ("csv", "predictions.csv"), ("yolo", "classes.txt")]
+)
+def test_files_that_somebody_may_have_corrected_are_replaced_only_when_asked(
+    kind: str, name: str, weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = write(tmp_path / "out" / name, "corrected")
+    again = words(weights, pictures / "a.jpg", tmp_path / "out", "--no-draw", "--format", kind)
+    assert main(again) == 2
+    assert f"use.exists: {mine} exists" in capsys.readouterr().err
+    assert mine.read_text() == "corrected"
+    assert main([*again, "--overwrite"]) == 0
+    assert mine.read_text() != "corrected"
+
+
+def test_annotated_pictures_replace_only_those_of_an_earlier_predict(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a.jpg", "b.jpg", "a.jpg"):
+        assert main(words(weights, pictures / name, out)) == 0
+    shutil.copy(pictures / "b.jpg", out / "b.jpg")
+    before = (out / "b.jpg").read_bytes()
+    assert main(words(weights, pictures, out)) == 2
+    assert f"use.exists: {out / 'b.jpg'} exists" in capsys.readouterr().err
+    assert (out / "b.jpg").read_bytes() == before
+    assert main(words(weights, pictures, out, "--no-draw")) == 0
+    assert main(words(weights, pictures, out, "--overwrite")) == 0
+    assert (out / "b.jpg").read_bytes() != before
+
+
+def test_what_was_found_before_an_error_is_kept(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((pictures / "deep" / "a.png").read_bytes()[:60])
+    asked = ["predict", weights, *map(str, (pictures / "a.jpg", cut, pictures / "b.jpg")), "--device", "cpu"]
+    for more in ([], ["--json"]):
+        out = tmp_path / f"out{len(more)}"
+        assert main([*asked, "--out", str(out), "--format", "yolo", *more]) == 3
+        (line,) = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line)["path"] == str(pictures / "a.jpg")
+        assert (out / "labels" / "a.txt").is_file()
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["code"] == "data.corrupt_image"
+    assert error["report"] == {"pictures": [json.loads(line)], "out": str(out)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the longest name is another elsewhere")
+def test_a_name_as_long_as_a_name_can_be(weights: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (90, 70)).save(folder / f"{'x' * 251}.png")
+    assert main(words(weights, folder, tmp_path / "out", "--format", "yolo")) == 0
+    assert (tmp_path / "out" / "labels" / f"{'x' * 200}.txt").is_file()
+    assert (tmp_path / "out" / f"{'x' * 200}.jpg").is_file()
+
+
+@pytest.mark.parametrize("size", ["0", "33"])
+def test_a_size_that_cannot_be_is_usage(
+    size: str, weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(weights, pictures / "a.jpg", tmp_path / "out", "--size", size, size)) == 2
+    assert capsys.readouterr().err.startswith("use.")
 
 
 def test_broken_pictures_are_warnings_unless_all_are(
@@ -165,5 +231,9 @@ def test_a_video_becomes_lines_and_an_annotated_video(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["frame"], line["seconds"]) for line in lines] == [(0, 0.0), (1, 0.1), (2, 0.2)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "predictions.jsonl"]
+    assert main(words(weights, tmp_path / "clip.mp4", tmp_path / "out")) == 0
+    write(tmp_path / "out" / "clip.mp4", "mine")
+    assert main(words(weights, tmp_path / "clip.mp4", tmp_path / "out")) == 2
+    assert "use.exists" in capsys.readouterr().err
     assert main(words(weights, tmp_path / "clip.mp4", tmp_path / "out", "--format", "coco")) == 2
     assert "a frame of a video is no file" in capsys.readouterr().err

@@ -219,6 +219,8 @@ def test_an_evaluation_survives_json() -> None:
     assert Evaluation.from_json(result.to_json()) == result
     values = json.loads(result.to_json())
     assert values["AP"] == result.ap
+    older = {name: value for name, value in values.items() if name != "unreadable"}
+    assert Evaluation.from_dict(older) == result
     assert values["per_class"][0]["name"] == "class 0"
     assert Evaluation.from_dict({**values, "train_seconds": 12.5}) == result
     for broken in ("", "[]", "{}", '{"AP": 1}'):

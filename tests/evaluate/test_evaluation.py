@@ -43,9 +43,10 @@ def test_a_terminal_shows_names_whole_and_as_they_are(evaluation: Evaluation, wi
 
 
 def test_what_is_not_as_usual_is_said(evaluation: Evaluation) -> None:
-    text = replace(evaluation, max_detections=300, unanswered=4).table(terminal=True, width=120)
+    text = replace(evaluation, max_detections=300, unanswered=4, unreadable=7).table(terminal=True, width=120)
     assert "300 detections" in text
-    assert "4 pictures" in text
+    assert "4 pictures were not answered" in text
+    assert "7 pictures could not be read" in text
     assert "detections a picture" not in evaluation.table(terminal=True, width=120)
 
 

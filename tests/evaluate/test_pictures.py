@@ -13,7 +13,7 @@ from finedetr.data.dataset import Dataset
 from finedetr.detections import class_color
 from finedetr.errors import RunError, UsageError
 from finedetr.evaluate.coco import Evaluator
-from finedetr.evaluate.pictures import TRUTH, batch_sheet, prediction_sheet, save_picture
+from finedetr.evaluate.pictures import TRUTH, batch_sheet, is_ours, prediction_sheet, save_picture
 from finedetr.records import Targets
 from tests.evaluate.cases import make_dataset, solid_pictures
 
@@ -86,3 +86,11 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         save_picture(image, tmp_path / "file" / "a.png")
+
+
+def test_our_own_pictures_are_known_again(tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 10))
+    assert is_ours(save_picture(image, tmp_path / "a.jpg"))
+    image.save(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").write_text("no picture")
+    assert not any(is_ours(tmp_path / name) for name in ("b.jpg", "c.jpg", "absent.jpg"))

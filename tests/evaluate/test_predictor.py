@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 
 from finedetr.data.dataset import Dataset
+from finedetr.data.images import SUFFIXES
 from finedetr.detections import Detections
 from finedetr.errors import DataError, RunError, UsageError
+from finedetr.evaluate.diagnosis import diagnose
 from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import Predictor, evaluate_detector
 from finedetr.model.weights import Card
@@ -126,11 +129,24 @@ def test_weights_that_answer_nan_are_named_and_not_measured(dataset: Dataset) ->
         Predictor(oracle, predictor_for(dataset).card)(dataset.files[3])
 
 
-def test_pictures_that_cannot_be_read_count_as_missed(dataset: Dataset) -> None:
+def test_pictures_that_cannot_be_read_are_left_out(dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     Path(dataset.files[1]).write_bytes(b"broken")
-    result, _ = evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
-    assert result.unanswered == 1
-    assert result.ap < 1
+    with caplog.at_level(logging.WARNING):
+        result, evaluator = evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
+    assert result.ap == pytest.approx(1)
+    assert (result.pictures, result.unanswered, result.unreadable) == (4, 0, 1)
+    assert "1 of 5 pictures cannot be read and are not measured" in caplog.text
+    assert evaluator.dataset.files == (dataset.files[0], *dataset.files[2:])
+    assert {row["image_id"] for row in evaluator.coco_results()} == set(evaluator.dataset.ids.tolist())
+    assert not diagnose(evaluator).worst
+
+
+def test_an_evaluation_without_any_picture_is_an_error(dataset: Dataset) -> None:
+    for file in dataset.files:
+        Path(file).write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of 5 pictures can be read") as caught:
+        evaluate_detector(Oracle(dataset), dataset, (32, 32), Inference(), workers=0)
+    assert caught.value.code == "data.corrupt_image"
 
 
 TWO = """
@@ -148,6 +164,9 @@ dataset = solid_pictures(folder / str(rank)).subset(range(5))
 oracle = Oracle(dataset)
 result, evaluator = evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
 said = {"ap": result.ap, "unanswered": result.unanswered, "rows": len(evaluator.coco_results())}
+Path(dataset.files[1]).write_bytes(b"broken")  # of the second process
+result, evaluator = evaluate_detector(oracle, dataset, (32, 32), Inference(), batch=2, workers=0, rank=rank, world=2)
+said["broken"] = (result.ap, result.unreadable, len(evaluator.dataset))
 if rank == 1:
     oracle.logits.data[3] = float("nan")
 try:
@@ -183,6 +202,7 @@ def test_two_processes_give_the_same_numbers_and_fail_together(tmp_path: Path) -
     assert [one["ap"] for one in said] == [pytest.approx(1)] * 2
     assert [one["unanswered"] for one in said] == [0, 0]
     assert said[0]["rows"] == 5 * 24
+    assert [one["broken"] for one in said] == [[pytest.approx(1), 1, 4], [pytest.approx(1), 1, 5]]
     assert "process 1" in said[0]["error"]
     assert "NaN" in said[0]["error"]
     assert "NaN" in said[1]["error"]
@@ -303,8 +323,31 @@ def test_videos_of_a_folder_are_passed_over_and_told(
         with caplog.at_level(logging.WARNING):
             assert len(predictor(source)) in (5, 10)
         assert f"{count} videos are passed over: name them one by one" in caplog.text
+        assert "no pictures are passed over" not in caplog.text
     with pytest.raises(DataError, match=r"holds no picture \(1 other files\)\n  Name videos one by one"):
         predictor(tmp_path / "deep")
+
+
+def test_files_that_are_no_pictures_are_told(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "b.TXT", "LICENSE", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert len(predictor_for(dataset)(tmp_path)) == 5
+    assert "3 files that are no pictures are passed over: 2 .txt, 1 without an ending" in caplog.text
+
+
+def test_folders_behind_links_are_read(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "only" / "links").mkdir(parents=True)
+    (tmp_path / "only" / "links" / "there").symlink_to(tmp_path)
+    assert len(predictor_for(dataset)(tmp_path / "only")) == 5
+
+
+@pytest.mark.skipif(".avif" not in SUFFIXES, reason="this Pillow reads no AVIF")
+def test_avif_in_a_folder(dataset: Dataset, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "only.avif")
+    assert [d.size for d in predictor_for(dataset)(tmp_path)][-1] == (20, 10)  # type: ignore[union-attr]
 
 
 def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: Path) -> None:
@@ -312,6 +355,7 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.txt").write_text("")
+    cut = Path(dataset.files[3]).read_bytes()[:-30]
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "absent.jpg", DataError, "no such file"),
         (empty, DataError, r"no picture \(1 other"),
@@ -323,6 +367,11 @@ def test_sources_that_cannot_be_say_what_is_wanted(dataset: Dataset, tmp_path: P
         (np.zeros((4, 4, 3)), UsageError, "uint8"),
         (np.zeros((2, 4, 4, 3), np.uint8), UsageError, "list of arrays"),
         (np.zeros((0, 4, 3), np.uint8), UsageError, r"\[0, 4, 3\]"),
+        (torch.zeros(4, 6, 3, dtype=torch.uint8), UsageError, r"tensor \[4, 6, 3\]\n  Such as .*numpy"),
+        ([torch.zeros(3, 4, 6)], UsageError, r"tensor \[3, 4, 6\]"),
+        (Image.open(BytesIO(cut)), DataError, "a PIL image: cannot be decoded"),
+        (Image.new("RGB", (0, 5)), DataError, "a PIL image: .*no pixels"),
+        (Image.new("La", (3, 3)), DataError, "a PIL image: cannot be decoded"),
     ]
     for source, error, words in cases:
         with pytest.raises(error, match=words):

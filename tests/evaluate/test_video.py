@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -57,6 +58,33 @@ def test_a_broken_video_is_told(tmp_path: Path, predictor: Predictor) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: cannot be decoded"):
             list(predictor.stream(str(tmp_path / name)))
+
+
+def test_a_video_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    av = pytest.importorskip("av")
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    random = np.random.default_rng(0)
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(random.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        assert len(list(Video(str(whole)))) == len(list(Video(str(written(tmp_path / "w.mp4", frames=20))))) == 20
+        assert not caplog.text
+        assert 0 < len(list(Video(str(cut)))) < 20
+    assert "data.corrupt_video" in caplog.text
+    assert "of 2.0 seconds; is the file complete?" in caplog.text
+
+
+def test_our_own_videos_are_known_again(tmp_path: Path) -> None:
+    assert Video(str(written(tmp_path / "clip.mp4"))).is_ours()
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("text.mp4", "absent.mp4"):
+        assert not Video(str(tmp_path / name)).is_ours()
 
 
 def test_frames_come_one_after_the_other_with_their_numbers(

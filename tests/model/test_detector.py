@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finedetr.errors import ConfigError, DataError
+from finedetr.errors import ConfigError
 from finedetr.model.backbones import build_backbone
 from finedetr.model.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from finedetr.model.detector import Detector
@@ -86,7 +86,7 @@ def test_any_multiple_of_the_stride_is_a_legal_size(size: tuple[int, int]) -> No
 
 
 def test_a_wrong_size_names_the_two_nearest_legal_ones() -> None:
-    with pytest.raises(DataError, match="Use 64x96 or 96x128"):
+    with pytest.raises(ConfigError, match="Use 64x96 or 96x128"):
         tiny()(torch.rand(1, 3, 80, 100))
 
 

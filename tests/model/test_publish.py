@@ -167,6 +167,12 @@ def test_the_command_wants_a_license_and_says_what_it_depends_on(
     words = ["models", "push", file, "me/mine", "--license", "apache-2.0", "--folder", str(tmp_path / "repository")]
     assert main(words) == 0
     assert finedetr.load(tmp_path / "repository", device="cpu").names == NAMES
+    (tmp_path / "repository" / "README.md").write_text("mine")
+    assert main(words) == 2
+    assert "use.exists" in capsys.readouterr().err
+    assert (tmp_path / "repository" / "README.md").read_text() == "mine"
+    assert main([*words, "--overwrite"]) == 0
+    assert (tmp_path / "repository" / "README.md").read_text() != "mine"
     assert len(fake.said) == 2
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "repository"))
     capsys.readouterr()

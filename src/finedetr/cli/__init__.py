@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "info": "what a weight file or a run holds",
     "env": "versions, devices and variables, to paste into a report",
 }
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU, of the CPU, of Windows
 ALIASES = {"val": "eval", "test": "eval", "detect": "predict", "fit": "train"}
 
 
@@ -70,7 +71,7 @@ def _run(words: list[str]) -> int:
     except MemoryError:
         return _fail(verb, RunError("out of memory", code="oom", hint="Use a smaller --batch or --size."), as_json)
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
         short = str(error).splitlines()[0]
         hint = "Use a smaller --batch or --size, or --accumulate."

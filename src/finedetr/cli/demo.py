@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from finedetr.data.drawing import draw_dataset
 from finedetr.errors import UsageError
 from finedetr.evaluate.pictures import save_picture
 from finedetr.evaluate.predictor import Predictor
+from finedetr.files import read_records, write_text
 from finedetr.model.config import ModelConfig
 from finedetr.model.weights import load_weights
 from finedetr.model.zoo import variant
@@ -28,6 +30,7 @@ from finedetr.train.session import Request, begin
 # ------------------------------------------------------------------------------ all that there is to tune in one place
 
 TRAIN, VAL, SIDE = 1000, 100, 128  # pictures that are drawn, and their side in pixels
+NOTE, PART = "drawings/drawn.json", "drawings.part"  # what was drawn, and where while it is drawn
 
 
 def demo_model() -> ModelConfig:
@@ -100,8 +103,7 @@ class Demo:
 def run(words: Sequence[str]) -> dict[str, Any] | None:
     """The command."""
     flags = parse(Demo, spell(words), "finedetr demo")
-    if flags.minutes <= 0:
-        raise UsageError(f"minutes: more than 0 is wanted, {flags.minutes:g} came", code="range")
+    _check(flags)
     data = _drawings(flags)
     recipe = replace(demo_recipe(flags.minutes * 60), seed=flags.seed)
     started = time.monotonic()
@@ -128,17 +130,28 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
+def _check(flags: Demo) -> None:
+    """There is time, and in the folder nothing but an earlier demo, be it one that was interrupted while it drew."""
+    if not 0 < flags.minutes < math.inf:
+        raise UsageError(f"minutes: more than 0 is wanted, {flags.minutes:g} came", code="range")
+    out = flags.out
+    used = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if used and not (out / NOTE).is_file() and not (out / PART).is_dir():
+        raise UsageError(f"{out} holds something that is no earlier demo", code="exists", hint="Give another --out.")
+
+
 def _drawings(flags: Demo) -> Path:
-    """The drawn data set: as it is where the same one is there already."""
-    folder = flags.out / "drawings"
+    """The drawn data set: as it is where the same one is there already. It gets its name when it is complete."""
+    note, part = flags.out / NOTE, flags.out / PART
     wanted = {"finedetr": __version__, "train": TRAIN, "val": VAL, "side": SIDE, "seed": flags.seed}
-    note = folder / "drawn.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    draw_dataset(folder, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=flags.seed)
-    note.write_text(json.dumps(wanted), encoding="utf-8")
-    return folder
+    if read_records(note) == [wanted]:
+        return note.parent
+    shutil.rmtree(part, ignore_errors=True)
+    draw_dataset(part, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=flags.seed)
+    write_text(part / note.name, json.dumps(wanted))
+    shutil.rmtree(note.parent, ignore_errors=True)
+    part.rename(note.parent)
+    return note.parent
 
 
 def _predict(folder: RunFolder, data: Path, flags: Demo) -> int:

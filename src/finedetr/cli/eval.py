@@ -118,7 +118,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if sheet is not None:
         files.append(str(save_picture(sheet, folder / f"worst_{flags.split}.jpg")))
     if flags.json:
-        return {"result": {**document, "files": files}, "warnings": []}
+        lost = evaluation.unreadable
+        warnings = [f"{lost} pictures cannot be read and are not measured"] if lost else []
+        return {"result": {**document, "files": files}, "warnings": warnings}
     output(evaluation.table(per_class=flags.per_class, terminal=sys.stdout.isatty()))
     print("\n".join(files), file=sys.stderr)
     return None

@@ -53,7 +53,9 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     )
     recipe = card["recipe"]
     if recipe:
-        output(f"recipe   {recipe.get('name')}, epoch {recipe.get('epoch', -1) + 1}, step {recipe.get('step')}")
+        epoch = recipe.get("epoch")
+        number = epoch + 1 if isinstance(epoch, int) else "unknown"
+        output(f"recipe   {recipe.get('name')}, epoch {number}, step {recipe.get('step')}")
     if card["thresholds"]:
         limits = zip(card["names"], card["thresholds"], strict=True)
         output(f"scores   from {', '.join(f'{name} {limit:.2f}' for name, limit in limits)}")

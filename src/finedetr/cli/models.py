@@ -12,6 +12,7 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.errors import UsageError, did_you_mean
+from finedetr.files import refuse_existing
 from finedetr.model.catalog import CATALOG, CODE_LICENSE, PRETRAINED_AP, conditions, family_of, weights_of
 
 ACTIONS = ("list", "show", "pull", "push", "convert")
@@ -83,6 +84,8 @@ class Push:
     """What the numbers in the card were measured on."""
     folder: Path | None = None
     """Write the files into this folder instead, and upload nothing."""
+    overwrite: bool = False
+    """Replace files that are in --folder already."""
     json: bool = False
     """Print one JSON document."""
 
@@ -232,10 +235,12 @@ def _pull(flags: Pull) -> dict[str, Any] | None:
 
 
 def _push(flags: Push) -> dict[str, Any] | None:
-    from finedetr.model.publish import license_chain, push, write_repository
+    from finedetr.model.publish import FILES, license_chain, push, write_repository
     from finedetr.model.weights import load_weights
     from finedetr.train.folder import find_weights
 
+    if flags.folder is not None and not flags.overwrite:
+        refuse_existing((flags.folder / name for name in FILES), "Use --overwrite, or another --folder.")
     detector, card = load_weights(find_weights(flags.source))
     chain = license_chain(card)
     print("\n".join(chain), file=sys.stderr)
@@ -253,13 +258,14 @@ def _push(flags: Push) -> dict[str, Any] | None:
 
 
 def _convert(flags: Convert) -> dict[str, Any] | None:
-    from finedetr.model.transformers import write_transformers
+    from finedetr.model.transformers import FILES, write_transformers
     from finedetr.model.weights import load_weights, save_weights
     from finedetr.train.folder import find_weights
 
     target = flags.out / "model.safetensors" if flags.to == "transformers" else flags.out
-    if target.exists() and not flags.overwrite:
-        raise UsageError(f"{target} exists", code="exists", hint="Use --overwrite, or another name.")
+    if not flags.overwrite:
+        targets = [flags.out / name for name in FILES] if flags.to == "transformers" else [target]
+        refuse_existing(targets, "Use --overwrite, or another name.")
     if flags.to == "finedetr" and target.suffix != ".safetensors":
         raise UsageError(f"a file that ends in .safetensors is wanted, {target} came", code="range")
     detector, card = load_weights(find_weights(flags.source))

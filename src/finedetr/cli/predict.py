@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,15 +13,15 @@ import tyro
 
 from finedetr.cli.flags import output, parse, spell
 from finedetr.detections import Detections
-from finedetr.errors import DataError, UsageError
+from finedetr.errors import DataError, FineDETRError, UsageError
 from finedetr.evaluate.address import is_address
-from finedetr.evaluate.pictures import save_picture
+from finedetr.evaluate.pictures import is_ours, save_picture
 from finedetr.evaluate.predictor import Predictor
 from finedetr.evaluate.results import as_files
 from finedetr.evaluate.sources import Pictures, find_pictures
 from finedetr.evaluate.video import Video, VideoWriter, is_video
-from finedetr.files import fresh_stem, write_text
-from finedetr.model.weights import load_weights
+from finedetr.files import fresh_stem, refuse_existing, write_text
+from finedetr.model.weights import Card, load_weights
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import find_weights
 
@@ -61,7 +61,7 @@ class Predict:
     draw: bool = True
     """Write annotated pictures (of a video, an MP4)."""
     overwrite: bool = False
-    """Replace the label files of --format yolo that are in --out already."""
+    """Replace labels that are in --out already, and pictures that are not of an earlier predict."""
     json: bool = False
     """Print one JSON document instead of lines."""
 
@@ -74,50 +74,73 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     sources = [find_pictures(source) for source in flags.source]
     if flags.draw:
         _check_pictures(sources, flags.out)
+    if not flags.overwrite:
+        refuse_existing(_theirs(flags, sources), "Give another --out, or --overwrite to replace it.")
     device = choose_device(flags.device)
     detector, card = load_weights(weights, device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
     predictor = Predictor(
         detector, card, device, flags.batch, precision=flags.precision, workers=flags.workers, top=flags.top
     )
-    answers: list[Detections] = []
-    documents: list[dict[str, Any]] = []
-    with _Annotated(flags.out) as annotated:
-        for found in _found(predictor, flags):
-            document = _document(found)
-            stem = annotated.name(found)
-            if flags.draw:
-                document["picture"] = str(annotated.add(found, stem))
-            answers.append(replace(found, image=None))
-            documents.append(document)
-            if not flags.json:
-                output(json.dumps(document, ensure_ascii=False))
-    if predictor.broken and not answers:
+    kept: list[_Kept] = []
+    try:
+        _predict(predictor, flags, kept)
+    except BaseException as error:  # what was found until then is kept, after Ctrl-C too
+        if kept:
+            _write(kept, flags, card)
+        if isinstance(error, FineDETRError):
+            error.details |= {"pictures": [one.document for one in kept], "out": str(flags.out)}
+        raise
+    if predictor.broken and not kept:
         first = next(iter(predictor.broken.values()))
         raise DataError(f"none of {len(predictor.broken)} pictures can be read, first: {first}", code="corrupt_image")
-    text = "".join(f"{json.dumps(document, ensure_ascii=False)}\n" for document in documents)
-    files = {Path("predictions.jsonl"): text}
-    if flags.format != "json":
-        files |= as_files(flags.format, answers, annotated.stems, card.names, card.category_ids)
-    written = [write_text(flags.out / path, content) for path, content in files.items()]
+    _write(kept, flags, card)
     if flags.json:
+        documents = [one.document for one in kept]
         passed = [f"{message}; it is passed over" for message in predictor.broken.values()]
-        videos = sum(found.videos for found in sources)
-        passed += [f"{videos} videos are passed over: name them one by one"] if videos else []
+        passed += [line for found in sources for line in found.left_out]
         return {"result": {"pictures": documents, "out": str(flags.out)}, "warnings": passed}
-    boxes = sum(map(len, answers))
-    print(f"{boxes} detections in {len(documents)} pictures: {written[0]}", file=sys.stderr)
     return None
 
 
-def _found(predictor: Predictor, flags: Predict) -> Iterator[Detections]:
-    """Detections of each source, one after the other."""
-    for source in flags.source:
-        yield from predictor.stream(source, flags.threshold, flags.batch, nms=flags.nms, tile=flags.tile)
+@dataclass(frozen=True)
+class _Kept:
+    """What was found in a picture: without its pixels, as a line, and the name of its files without their endings."""
+
+    answer: Detections
+    document: dict[str, Any]
+    stem: str
+
+
+def _predict(predictor: Predictor, flags: Predict, kept: list[_Kept]) -> None:
+    """Asks about each source, one after the other; draws, prints and adds to `kept` what was found."""
+    with _Annotated(flags.out) as annotated:
+        for source in flags.source:
+            asked = predictor.stream(source, flags.threshold, flags.batch, nms=flags.nms, tile=flags.tile)
+            for found in asked:
+                document = _document(found)
+                stem = annotated.name(found)
+                if flags.draw:
+                    document["picture"] = str(annotated.add(found, stem))
+                kept.append(_Kept(replace(found, image=None), document, stem))
+                if not flags.json:
+                    output(json.dumps(document, ensure_ascii=False))
+
+
+def _write(kept: Sequence[_Kept], flags: Predict, card: Card) -> None:
+    """Writes the lines and the labels of all that was found."""
+    answers, stems = [one.answer for one in kept], [one.stem for one in kept]
+    lines = "".join(f"{json.dumps(one.document, ensure_ascii=False)}\n" for one in kept)
+    file = write_text(flags.out / "predictions.jsonl", lines)
+    if flags.format != "json":
+        for path, text in as_files(flags.format, answers, stems, card.names, card.category_ids).items():
+            write_text(flags.out / path, text)
+    if not flags.json:
+        print(f"{sum(map(len, answers))} detections in {len(kept)} pictures: {file}", file=sys.stderr)
 
 
 def _check(flags: Predict) -> None:
-    """There is a source; frames are no files with labels; labels that somebody may have corrected are not replaced."""
+    """There is a source; frames are no files with labels; the input has pixels."""
     if not flags.source:
         raise UsageError(
             "predict needs a source", code="required", hint=f"Such as: finedetr predict {flags.weights} pictures/"
@@ -129,11 +152,24 @@ def _check(flags: Predict) -> None:
                 code="conflict",
                 hint="Use --format json.",
             )
-    labels = flags.out / "labels"
-    if flags.format == "yolo" and not flags.overwrite and labels.is_dir() and any(labels.iterdir()):
-        raise UsageError(
-            f"{labels} holds labels already", code="exists", hint="Give another --out, or --overwrite to replace them."
-        )
+    if flags.size and min(flags.size) < 1:
+        raise UsageError(f"size: 1 or more is wanted, {flags.size[0]} and {flags.size[1]} came", code="range")
+
+
+def _theirs(flags: Predict, sources: Sequence[Pictures]) -> list[Path]:
+    """Where nothing may be replaced: labels, which somebody may have corrected, and pictures of no earlier predict."""
+    labels = {"coco": ["predictions.json"], "csv": ["predictions.csv"], "yolo": ["classes.txt"], "json": []}
+    paths = [flags.out / name for name in labels[flags.format]]
+    if flags.format == "yolo":
+        paths += flags.out.glob("labels/*")
+    taken: set[str] = set()
+    for item in (item for found in sources for item in found.items if flags.draw):
+        video = item if isinstance(item, Video) else None
+        stem = fresh_stem(_stem(video.path if video else str(item)), taken)
+        path = flags.out / f"{stem}{'.mp4' if video else '.jpg'}"
+        if path.exists() and not (Video(str(path)).is_ours() if video else is_ours(path)):
+            paths.append(path)
+    return paths
 
 
 def _check_pictures(sources: Sequence[Pictures], out: Path) -> None:
@@ -158,16 +194,17 @@ def _document(found: Detections) -> dict[str, Any]:
     return {"path": found.path, **moment, "width": width, "height": height, "detections": found.to_records()}
 
 
-class _Annotated:
-    """Writes annotated pictures, and the frames of a video as one video.
+def _stem(path: str) -> str:
+    """The name of a file or an address without its ending."""
+    return Path(path.partition("?")[0] if "://" in path else path).stem
 
-    Attributes:
-        stems: The name of each picture without its ending; pictures of one name in several folders get numbers.
-    """
+
+class _Annotated:
+    """Writes annotated pictures, and the frames of a video as one video."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.stems: list[str] = []
+        self.stem = ""
         self.taken: set[str] = set()
         self.video: VideoWriter | None = None
 
@@ -179,11 +216,10 @@ class _Annotated:
             self.video.__exit__(*error)
 
     def name(self, found: Detections) -> str:
-        """A stem that nobody has yet; the frames of a video share one."""
+        """A stem that nobody has yet, numbered where it is taken; the frames of a video share one."""
         if not found.frame:
-            path = found.path.partition("?")[0] if found.path and "://" in found.path else found.path
-            self.stems.append(fresh_stem(Path(path).stem if path else "picture", self.taken))
-        return self.stems[-1]
+            self.stem = fresh_stem(_stem(found.path or "picture"), self.taken)
+        return self.stem
 
     def add(self, found: Detections, stem: str) -> Path:
         """Writes what was found into a picture, or into the next frame."""

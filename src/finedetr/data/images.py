@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch.nn import functional as F
 
 from finedetr.errors import DataError
 
-__all__ = ["SUFFIXES", "Header", "decode", "read_header", "read_image", "read_size", "resize"]
+__all__ = ["SUFFIXES", "Header", "decode", "from_pillow", "read_header", "read_image", "read_size", "resize"]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif"})
+if find_spec("PIL._avif"):  # Pillow reads it from 11.3 on, where it was built so
+    SUFFIXES |= {".avif"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 ORIENTATION = 274  # the EXIF tag
 SWAPPED = (5, 6, 7, 8)  # orientations that exchange width and height
@@ -108,10 +111,28 @@ def decode_with_pillow(data: bytes, path: str | Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # half-broken metadata is no reason to worry anybody
-            with Image.open(BytesIO(data)) as opened:
-                opened.load()
-                image = to_rgb(ImageOps.exif_transpose(opened))
+            opened = Image.open(BytesIO(data))
     except Exception as error:  # decoders raise whatever they like: OSError, ValueError, SyntaxError, struct.error ...
+        raise corrupt(path, reason(error)) from error
+    return from_pillow(opened, path)
+
+
+def from_pillow(opened: Image.Image, path: str | Path) -> NDArray[np.uint8]:
+    """A picture of Pillow's, decoded yet or not, as uint8 [H, W, 3] RGB, upright.
+
+    Args:
+        opened: The picture.
+        path: The file's name, for messages.
+
+    Raises:
+        DataError: `data.corrupt_image`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened.load()
+            image = to_rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:
         raise corrupt(path, reason(error)) from error
     if 0 in image.size:
         raise corrupt(path, f"the picture has no pixels ({image.width}x{image.height})")

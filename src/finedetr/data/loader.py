@@ -380,7 +380,7 @@ class EvaluationLoader:
     """Every picture once, in order, squashed to (H, W); iterates (batch, picture numbers).
 
     Rank r of `world` gets the pictures r, r + world, ...; nothing is padded. A file that cannot be read is left out
-    with a warning: its boxes then count as missed.
+    with a warning.
     """
 
     def __init__(

@@ -44,6 +44,12 @@ class _Table:
     score: NDArray[np.float32]
     label: NDArray[np.int64]
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many detections each answered picture has."""
+        low, high = (np.searchsorted(self.picture, self.answered, side) for side in ("left", "right"))
+        return high - low
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -166,12 +172,11 @@ class Evaluator:
         """All that came in, to be merged into the evaluator of another process. Holds arrays only, no code."""
         table = self._table()
         stream = io.BytesIO()
-        counts = np.bincount(table.picture, minlength=len(self.dataset))[table.answered]
         np.savez(
             stream,
             truth=self._fingerprint(),
             picture=table.answered,
-            count=counts,
+            count=table.counts,
             xyxy=table.xyxy,
             score=table.score,
             label=table.label,
@@ -204,6 +209,13 @@ class Evaluator:
         parts = (d.ids, d.starts, d.labels, d.boxes, np.array(d.categories.ids, dtype=np.int64))
         sums = [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts]
         return np.array([len(d), len(d.labels), *sums], dtype=np.int64)
+
+    def answered(self) -> Evaluator:
+        """An evaluator of the same answers whose data set has the answered pictures only."""
+        table = self._table()
+        part = Evaluator(self.dataset.subset(table.answered), self.max_detections)
+        part.add_rows(np.arange(len(table.answered)), table.counts, table.xyxy, table.score, table.label)
+        return part
 
     # ---- what comes out -----------------------------------------------------------------------------------------
 
@@ -282,8 +294,7 @@ class Evaluator:
             _join(a.score, np.float32)[rows],
             _join(a.label, np.int64)[rows],
         )
-        counts = np.bincount(table.picture, minlength=len(self.dataset))[table.answered]
-        self._answers = _Answers([table.answered], [counts], [table.xyxy], [table.score], [table.label])
+        self._answers = _Answers([table.answered], [table.counts], [table.xyxy], [table.score], [table.label])
         self._joined = table
         return table
 

@@ -76,6 +76,7 @@ class Evaluation:
         boxes: How many boxes, without crowd.
         detections: How many detections came in.
         unanswered: Pictures for which no answer came; all their objects count as missed.
+        unreadable: Pictures that could not be read; neither they nor their objects count.
         max_detections: The limit for each picture and class.
         diagnosis: What goes wrong, where somebody asked (`finedetr.evaluate.diagnose`).
     """
@@ -98,6 +99,7 @@ class Evaluation:
     boxes: int
     detections: int
     unanswered: int = 0
+    unreadable: int = 0
     max_detections: int = 100
     diagnosis: Diagnosis | None = None
 
@@ -115,6 +117,7 @@ class Evaluation:
             "boxes": self.boxes,
             "detections": self.detections,
             "unanswered": self.unanswered,
+            "unreadable": self.unreadable,
             "max_detections": self.max_detections,
             **({"diagnosis": self.diagnosis.to_dict()} if self.diagnosis else {}),
         }
@@ -135,6 +138,7 @@ class Evaluation:
                 per_class=tuple(ClassScore(**score) for score in values["per_class"]),
                 by_size={name: SizeScore(**score) for name, score in values["by_size"].items()},
                 **{name: int(values[name]) for name in counts},
+                unreadable=int(values.get("unreadable", 0)),  # older files do not tell
                 diagnosis=Diagnosis.from_dict(diagnosis) if diagnosis else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -251,6 +255,8 @@ def _rich(evaluation: Evaluation, per_class: bool) -> list[RenderableType]:
         )
     if e.unanswered:
         parts.append(Text(f"{e.unanswered} pictures were not answered: their objects count as missed.", style="yellow"))
+    if e.unreadable:
+        parts.append(Text(f"{e.unreadable} pictures could not be read and are left out.", style="yellow"))
     if per_class:
         table = Table()
         table.add_column("class", overflow="fold")

@@ -164,6 +164,7 @@ def _tiles(e: Evaluation) -> str:
         "" if e.max_detections == 100 else f"; at {e.max_detections} detections a picture and class, COCO's are at 100"
     )
     left = f"; {e.unanswered} pictures were not answered" if e.unanswered else ""
+    left += f"; {e.unreadable} pictures could not be read" if e.unreadable else ""
     return f"<div class=tiles>{tiles}</div><p>{counts}{note}{left}</p>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,10 +20,11 @@ from finedetr.evaluate.evaluation import Evaluation
 from finedetr.files import write_atomically
 from finedetr.records import Targets
 
-__all__ = ["batch_sheet", "prediction_sheet", "save_picture", "worst_sheet"]
+__all__ = ["batch_sheet", "is_ours", "prediction_sheet", "save_picture", "worst_sheet"]
 
 PAPER, INK, FAINT = (24, 26, 30), (236, 238, 240), (150, 155, 162)
 GAP = 8
+COMMENT = "finedetr"  # in each JPEG that is written, so that it is known again
 TRUTH = (64, 255, 96)  # truth under predictions is dashed and of this one color, whatever its class
 
 
@@ -138,8 +140,17 @@ def save_picture(image: Image.Image, path: str | Path) -> Path:
     kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
     if path.suffix.lower() not in kinds:
         raise UsageError(f"{path}: pictures are written as .jpg or .png", code="range")
-    kind = kinds[path.suffix.lower()]
-    return write_atomically(path, lambda file: image.save(file, format=kind, quality=90), durable=False)
+    options: dict[str, Any] = {"format": kinds[path.suffix.lower()], "quality": 90, "comment": COMMENT}
+    return write_atomically(path, lambda file: image.save(file, **options), durable=False)
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether there is a JPEG that `save_picture` wrote."""
+    try:
+        with Image.open(path) as image:
+            return bool(image.info.get("comment") == COMMENT.encode())
+    except Exception:  # nothing is there, or what is there is no picture, in any of the ways in which Pillow says so
+        return False
 
 
 def _scaled(picture: Image.Image, tile: int) -> tuple[Image.Image, float]:

@@ -142,8 +142,8 @@ class Predictor:
         return _Asked(np.broadcast_to(np.array(scores, dtype=np.float32), len(self.names)), batch, nms, tile)
 
     def _stream(self, found: Pictures, asked: _Asked) -> Iterator[Detections]:
-        if found.videos:
-            log.warning("data.video: %d videos are passed over: name them one by one", found.videos)
+        for line in found.left_out:
+            log.warning("data.left_out: %s", line)
         with ThreadPoolExecutor(self.workers) as pool:
             loaded = self._loaded(pool, found, 2 * asked.batch)
             while group := list(itertools.islice(loaded, asked.batch)):
@@ -251,6 +251,8 @@ def evaluate_detector(
     Where the data set is the work of several processes, each takes every `world`-th picture and the first one measures;
     all return the same numbers. Only the first process's evaluator then holds all detections.
 
+    Pictures that cannot be read are left out of the truth, too: the evaluator's data set then lacks them.
+
     Args:
         detector: Its forward gives `Output`; already on the device. It is left in the mode in which it came.
         dataset: The truth.
@@ -266,7 +268,7 @@ def evaluate_detector(
 
     Raises:
         RunError: The detector answers NaN, or another process failed.
-        DataError: No class of the detector is in the data set.
+        DataError: No class of the detector is in the data set, or none of its pictures can be read.
     """
     evaluator = Evaluator(dataset, max_detections)
     failure: FineDETRError | None = None
@@ -287,8 +289,25 @@ def evaluate_detector(
             raise
         failure = error  # the others wait for this process: it must come to the meeting and tell them
     if world == 1:
-        return evaluator.result(), evaluator
-    return _measure_together(evaluator, failure, rank), evaluator
+        return _measure(evaluator)
+    return _measure_together(evaluator, failure, rank)
+
+
+def _measure(evaluator: Evaluator) -> tuple[Evaluation, Evaluator]:
+    """The numbers, of the pictures that were answered: all that could be read."""
+    whole = evaluator.result()
+    lost = whole.unanswered
+    if not lost:
+        return whole, evaluator
+    if lost == whole.pictures:
+        raise DataError(
+            f"none of {lost} pictures can be read, first: {evaluator.dataset.files[0]}",
+            code="corrupt_image",
+            hint="finedetr data check --deep says what is wrong with each.",
+        )
+    log.warning("data.corrupt_image: %d of %d pictures cannot be read and are not measured", lost, whole.pictures)
+    part = evaluator.answered()
+    return replace(part.result(), unreadable=lost), part
 
 
 def _collect(
@@ -341,7 +360,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _measure_together(evaluator: Evaluator, failure: FineDETRError | None, rank: int) -> Evaluation:
+def _measure_together(evaluator: Evaluator, failure: FineDETRError | None, rank: int) -> tuple[Evaluation, Evaluator]:
     """The first process merges what all have and measures; everybody gets the numbers, or the failure."""
     if not distributed.is_initialized():
         raise UsageError(
@@ -357,12 +376,14 @@ def _measure_together(evaluator: Evaluator, failure: FineDETRError | None, rank:
             try:
                 for _, data in parts[1:]:
                     evaluator.merge(data)
-                outcome[1] = evaluator.result().to_json()
+                evaluation, evaluator = _measure(evaluator)
+                outcome[1] = evaluation.to_json()
             except FineDETRError as error:
+                failure = error
                 outcome[0] = f"process 0: {error}"
     distributed.broadcast_object_list(outcome)
     if failure is not None:
         raise failure
     if outcome[1] is None:
         raise RunError(f"the evaluation failed in {outcome[0]}", code="evaluation")
-    return Evaluation.from_json(outcome[1])
+    return Evaluation.from_json(outcome[1]), evaluator

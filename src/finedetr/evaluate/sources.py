@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from finedetr.data.images import SUFFIXES, decode, read_image, to_rgb
+from finedetr.data.images import SUFFIXES, decode, from_pillow, read_image
 from finedetr.errors import DataError, UsageError
 from finedetr.evaluate.address import fetch, is_address
 from finedetr.evaluate.video import Frame, Video, is_video
+from finedetr.files import walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,12 +38,23 @@ class Pictures:
         forgiving: Whether broken files are passed over: nobody named them one by one.
         videos: How many videos of folders and globs are left out. They are taken one by one only: where there is a
             video, the answer is an iterator.
+        others: How many other files of folders and globs are left out, by their endings.
     """
 
     items: tuple[Source | Video, ...]
     single: bool
     forgiving: bool
     videos: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line on the videos, and one on the other files that are left out."""
+        lines = [f"{self.videos} videos are passed over: name them one by one"] if self.videos else []
+        if self.others:
+            kinds = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in self.others.most_common())
+            lines.append(f"{self.others.total()} files that are no pictures are passed over: {kinds}")
+        return lines
 
     @property
     def video(self) -> bool:
@@ -51,7 +65,8 @@ class Pictures:
 def find_pictures(source: Source | Iterable[Source]) -> Pictures:
     """The pictures that a source stands for.
 
-    A folder gives the pictures in it and below it, sorted by path, hidden files left out; a glob those that it matches.
+    A folder gives the pictures in it and below it, sorted by path, hidden files left out, links followed; a glob those
+    that it matches.
 
     Raises:
         DataError: Where there is no such file, or no picture in it.
@@ -61,6 +76,12 @@ def find_pictures(source: Source | Iterable[Source]) -> Pictures:
         return _from_path(os.fspath(source))
     if _is_picture(source):
         return Pictures((cast("Source", source),), single=True, forgiving=False)
+    if isinstance(source, torch.Tensor):
+        raise UsageError(
+            f"a picture as an array is uint8 [H, W, 3] in RGB order; got a tensor {list(source.shape)}",
+            code="source",
+            hint="Such as tensor.cpu().numpy(); where the channels come first: tensor.permute(1, 2, 0).cpu().numpy().",
+        )
     if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
         raise UsageError(
             f"a source is a path, a folder, a glob, an address, a PIL image, a uint8 array [H, W, 3], or a list of "
@@ -69,16 +90,17 @@ def find_pictures(source: Source | Iterable[Source]) -> Pictures:
         )
     found = [item if _is_picture(item) else find_pictures(item) for item in source]
     items: list[Source | Video] = []
-    forgiving, videos = bool(found), 0
+    forgiving, videos, others = bool(found), 0, Counter[str]()
     for item in found:
         if isinstance(item, Pictures):
             items.extend(item.items)
             forgiving &= item.forgiving
             videos += item.videos
+            others += item.others
         else:
             items.append(item)
             forgiving = False
-    return Pictures(tuple(items), single=False, forgiving=forgiving, videos=videos)
+    return Pictures(tuple(items), single=False, forgiving=forgiving, videos=videos, others=others)
 
 
 def each_picture(items: Iterable[Source | Video]) -> Iterator[Source | Frame]:
@@ -94,7 +116,7 @@ def read_source(item: Source | Frame) -> NDArray[np.uint8]:
     """Pixels of one picture: uint8 [H, W, 3] RGB, upright.
 
     Raises:
-        DataError: Where a file cannot be read; it names the file.
+        DataError: Where a file or a PIL image cannot be read; it names the file.
         RunError: Where an address gives nothing.
         UsageError: For an array that is no picture.
     """
@@ -106,9 +128,7 @@ def read_source(item: Source | Frame) -> NDArray[np.uint8]:
         return read_image(os.fspath(item))
     if isinstance(item, np.ndarray):
         return _from_array(item)
-    from PIL import ImageOps
-
-    return np.array(to_rgb(ImageOps.exif_transpose(item) or item))
+    return from_pillow(item, getattr(item, "filename", "") or "a PIL image")
 
 
 def _is_picture(value: Any) -> bool:
@@ -145,20 +165,27 @@ def _from_path(text: str) -> Pictures:
 def _below(folder: Path) -> list[str]:
     """Files in a folder and below it, hidden ones left out."""
     found = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for root, folders, names in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(root, name) for name in names if not name.startswith(".")]
     return found
 
 
 def _of_many(files: Sequence[str], nothing: str) -> Pictures:
     """The pictures among many files, sorted; `nothing` says that there are none."""
-    pictures = tuple(sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES))
-    videos = sum(map(is_video, files))
+    pictures, videos, others = [], 0, Counter[str]()
+    for name in sorted(files):
+        ending = Path(name).suffix.lower()
+        if ending in SUFFIXES:
+            pictures.append(name)
+        elif is_video(name):
+            videos += 1
+        else:
+            others[ending] += 1
     if not pictures:
         hint = f"Known endings: {', '.join(sorted(SUFFIXES))}." if not videos else "Name videos one by one."
         raise DataError(nothing + (f" ({len(files)} other files)" if files else ""), code="none", hint=hint)
-    return Pictures(pictures, single=False, forgiving=True, videos=videos)
+    return Pictures(tuple(pictures), single=False, forgiving=True, videos=videos, others=others)
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from finedetr.errors import DataError, RunError, UsageError
 
 __all__ = ["Frame", "Video", "VideoWriter", "is_video"]
 
+log = logging.getLogger("finedetr.evaluate")
 SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
 RATE = 25  # frames a second, of a video that does not tell its own
+COMPLETE = 0.95  # the share of its length after which a video may end
+COMMENT = "finedetr"  # in each video that is written, so that it is known again
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Video:
-    """A video file. Iterating decodes it, one frame after the other."""
+    """A video file. Iterating decodes it, one frame after the other; one that ends early is told."""
 
     path: str
 
@@ -53,9 +57,20 @@ class Video:
                     raise DataError(f"{self.path}: holds no video", code="corrupt_video")
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
+                first = last = 0.0
                 for number, frame in enumerate(container.decode(stream)):
-                    pixels = frame.to_ndarray(format="rgb24")
-                    yield Frame(self.path, number, float(frame.time or 0), _upright(pixels, frame))
+                    pixels, last = frame.to_ndarray(format="rgb24"), float(frame.time or 0)
+                    first = first if number else last
+                    yield Frame(self.path, number, last, _upright(pixels, frame))
+                shown = last - first + 1 / float(stream.average_rate or RATE)
+                wanted = (container.duration or 0) / av.time_base  # some formats know the end, and do not miss it
+                if shown < COMPLETE * wanted:
+                    log.warning(
+                        "data.corrupt_video: %s: its pictures end after %.1f of %.1f seconds; is the file complete?",
+                        self.path,
+                        shown,
+                        wanted,
+                    )
         except (av.FFmpegError, ValueError) as error:
             raise DataError(
                 f"{self.path}: cannot be decoded ({error})", code="corrupt_video", hint="Is the file complete?"
@@ -66,6 +81,15 @@ class Video:
         av = _library(self.path)
         with av.open(self.path) as container:
             return Fraction(container.streams.video[0].average_rate or RATE)
+
+    def is_ours(self) -> bool:
+        """Whether it is there, and a `VideoWriter` wrote it."""
+        av = _library(self.path)
+        try:
+            with av.open(self.path) as container:
+                return bool(container.metadata.get("comment") == COMMENT)
+        except (av.FFmpegError, ValueError):
+            return False
 
 
 class VideoWriter:
@@ -91,6 +115,7 @@ class VideoWriter:
         if self.container is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.container = av.open(str(self.part), "w")
+            self.container.metadata["comment"] = COMMENT
             self.stream = self.container.add_stream(_codec(av), rate=self.rate)
             self.stream.width, self.stream.height = (side + side % 2 for side in picture.size)  # 4:2:0 needs even sides
             self.stream.pix_fmt = "yuv420p"

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from finedetr.errors import ConfigError, DataError
+from finedetr.errors import ConfigError
 from finedetr.model.backbones import build_backbone
 from finedetr.model.config import ModelConfig
 from finedetr.model.decoder import DistributionDecoder, Refinement, build_decoder, join_blocked
@@ -66,7 +66,7 @@ class Detector(nn.Module):
                 in training and only the last in eval.
 
         Raises:
-            DataError: H or W is no multiple of the largest stride.
+            ConfigError: H or W is no multiple of the largest stride.
             ConfigError: A group is made of boxes and labels, and this detector's queries are not.
         """
         self._check_size(images)
@@ -213,7 +213,7 @@ class Detector(nn.Module):
         stride = self.config.largest_stride
         if height % stride or width % stride:
             near = [max(stride, side // stride * stride) for side in (int(height), int(width))]
-            raise DataError(
+            raise ConfigError(
                 f"{self.config.name} needs a height and width that are multiples of {stride}, got {height}x{width}",
                 code="size",
                 hint=f"Use {near[0]}x{near[1]} or {near[0] + stride}x{near[1] + stride}.",

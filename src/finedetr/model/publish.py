@@ -13,11 +13,13 @@ from finedetr.errors import ModelError, RunError, UsageError
 from finedetr.model.catalog import CODE_LICENSE, conditions, family_of
 from finedetr.model.detector import Detector
 from finedetr.model.hub import OURS
+from finedetr.model.transformers import FILES as THEIRS
 from finedetr.model.transformers import has_twin, write_transformers
 from finedetr.model.weights import Card, save_weights
 
-__all__ = ["license_chain", "push", "write_repository"]
+__all__ = ["FILES", "license_chain", "push", "write_repository"]
 
+FILES = (OURS, "README.md", *THEIRS)
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 

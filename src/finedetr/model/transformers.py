@@ -23,6 +23,8 @@ from finedetr.model.zoo import ZOO
 
 __all__ = ["has_twin", "resnet_settings", "to_transformers", "transformers_config", "unshaped", "write_transformers"]
 
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict under the names of DFineForObjectDetection and its like (as in memory), tied ones under all."""
@@ -213,7 +215,8 @@ def write_transformers(
         "do_pad": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, document in (("config.json", settings), ("preprocessor_config.json", processor)):
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config, preprocessing, weights = (folder / name for name in FILES)
+    for file, document in ((config, settings), (preprocessing, processor)):
+        file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    save_file(state, weights, metadata={"format": "pt"})
     return folder

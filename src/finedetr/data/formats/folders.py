@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from finedetr.data.dataset import absolute
+from finedetr.files import walk
 
 __all__ = ["below", "picture_folder", "picture_path"]
 
@@ -34,11 +35,8 @@ def picture_path(folder: Path, name: str) -> str:
 
 
 def below(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """Every file below a folder with one of the endings, sorted; a link to a folder walked already leads nowhere."""
-    found, walked = [], {os.path.realpath(folder)}
-    for place, folders, names in os.walk(absolute(folder), followlinks=True):
-        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in targets.items() if target not in walked]
-        walked |= set(targets.values())
+    """Every file below a folder with one of the endings, sorted."""
+    found = []
+    for place, _, names in walk(absolute(folder)):
         found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
     return sorted(found)
