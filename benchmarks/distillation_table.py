@@ -51,6 +51,11 @@ def adding(*terms: Term) -> Row:
     return lambda recipe: replace(recipe, objective=recipe.objective.plus(*terms))
 
 
+def classes_x4(recipe: Recipe) -> Recipe:
+    """A teacher's classes weigh as much beside its boxes as the table's own class loss does."""
+    return replace(recipe, objective=recipe.objective.swap(LogitsDistillation, LogitsDistillation(label=4.0)))
+
+
 def prior(recipe: Recipe) -> Recipe:
     return replace(recipe, sources=(*recipe.sources, QueryPrior()))
 
@@ -95,6 +100,7 @@ ROWS: dict[str, tuple[str, str, tuple[Row, ...]]] = {  # key: what the table say
     "prior-answers": ("+ query prior, held to the answers", "dfine", (prior_answers,)),
     "logits-features": ("+ logits, features", "dfine", (LOGITS, FEATURES)),
     "detrdistill": ("DETRDistill, all three", "dfine", (PAPERS["detrdistill"],)),
+    "detrdistill-classes": ("DETRDistill, classes of the logits x 4", "dfine", (PAPERS["detrdistill"], classes_x4)),
     "matching": ("+ matching (OD)", "dfine", (matching,)),
     "prediction": ("+ prediction (OD)", "dfine", (prediction,)),
     "auxiliary": ("+ auxiliary (OD)", "dfine", (auxiliary,)),

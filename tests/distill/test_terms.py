@@ -187,6 +187,20 @@ def test_the_released_form_is_a_plain_sum_over_one_assignment(s: Supervision, ta
     torch.testing.assert_close(term(s).detach(), wanted / (2 * 12))
 
 
+def test_a_pair_counts_as_much_as_the_teachers_score(s: Supervision, taught: Lesson) -> None:
+    found = pairs(s, taught, "joint")
+    wanted, mass = torch.zeros(2), torch.zeros(2)
+    for link, image, i, j in zip(found.link, found.image, found.student, found.teacher, strict=True):
+        x, p = s.answers.logits[link + 2, image, i], taught.answers.logits[link + 2, image, j].sigmoid()
+        box, truth = s.answers.boxes[link + 2, image, i], taught.answers.boxes[link + 2, image, j].clamp(0, 1)
+        value = F.binary_cross_entropy_with_logits(x, p, reduction="sum")
+        value = value + 5 * (box - truth).abs().sum() + 2 * (1 - giou(box, truth))
+        wanted[link] += value.detach() * p.max()
+        mass[link] += p.max()
+    term = LogitsDistillation(pairing="joint", top=0, edges=0.0)
+    torch.testing.assert_close(term(s).detach(), wanted / mass)
+
+
 def test_unknown_classes_are_not_taught(taught: Lesson) -> None:
     known = torch.tensor([True, True, False, True, False])
     partly = replace(
