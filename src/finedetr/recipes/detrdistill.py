@@ -35,7 +35,8 @@ def detrdistill(base: Recipe) -> Recipe:
     Command: `finedetr train --data pictures/ --model dfine-n --teacher runs/large`.
     Time: the teacher's forward pass, and less than 15 % of a step (LOG.md).
     Expect (published, COCO): Deformable DETR R50 44.1 -> 46.6, Conditional DETR R50 40.7 -> 42.9; of the parts, on
-    AdaMixer, logits +1.4, features +1.2, query prior +0.6. On drawn pictures: see LOG.md. Not checked by us on COCO.
+    AdaMixer, logits +1.4, features +1.2, query prior +0.6. By us: drawn pictures +7, `dice` +1.4 with DEIM and
+    nothing without it; logits alone gained nothing there (LOG.md). Not checked by us on COCO.
     """
     objective, off = base.objective, ContrastiveDistillation(weight=0.0)
     if not base.model.decoder.selects:
