@@ -232,7 +232,7 @@ def train(
             what one has found, whose pictures join each batch.
         unlabelled: Folder of further pictures, about which the teacher alone speaks.
         device: auto, cpu, cuda, cuda:N or mps.
-        overwrite: Delete the run that is in `out` already.
+        overwrite: Replace the run that is in `out` already; it goes when the new one has begun.
         quiet: Say nothing.
         layout: coco, yolo, voc or csv, where the data could be read as several.
         train_split: Split to train on.

@@ -97,6 +97,27 @@ def test_a_run_is_there_again_after_a_kill_between_two_runs(tmp_path: Path) -> N
     assert "old" in (root / "config.json").read_text()
 
 
+def test_a_kill_while_files_are_moved_loses_none(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "a")
+    before = names(root)
+    (root / ".earlier.part").mkdir()
+    (root / "config.json").rename(root / ".earlier.part" / "config.json")  # the first of them was on its way
+    with pytest.raises(UsageError, match="holds a run"), begun(root):
+        pass
+    assert names(root) == before
+
+
+def test_a_run_that_was_dropped_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_run(tmp_path / "a")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as on a disk that cannot delete just now
+    with begun(root, overwrite=True):
+        write_run(root, "new")
+        drop_earlier(root)
+    with pytest.raises(UsageError, match="holds a run"), begun(root):
+        pass
+    assert "new" in (root / "config.json").read_text()
+
+
 def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UsageError, match="is not empty"), begun(tmp_path):

@@ -71,7 +71,7 @@ def _run(words: list[str]) -> int:
     except MemoryError:
         return _fail(verb, RunError("out of memory", code="oom", hint="Use a smaller --batch or --size."), as_json)
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        if not any(phrase in str(error).lower() for phrase in OUT_OF_MEMORY):
             raise
         short = str(error).splitlines()[0]
         hint = "Use a smaller --batch or --size, or --accumulate."

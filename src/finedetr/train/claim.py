@@ -38,7 +38,11 @@ WRITTEN = (
 LOCK = ".lock"
 """Empty, and there only while somebody trains."""
 EARLIER = ".earlier"
-"""Where a run waits that another one is to replace, until that one has begun."""
+"""Where a whole run waits that another one is to replace, until that one has begun."""
+MOVING = ".earlier.part"
+"""What is on its way there or back: it belongs to the run in the folder."""
+DROPPED = ".earlier.old"
+"""What nobody wants back."""
 
 
 @contextmanager
@@ -106,8 +110,10 @@ def begun(root: Path, *, overwrite: bool = False) -> Iterator[None]:
 
 
 def drop_earlier(root: Path) -> None:
-    """The new run stands: the one that it replaces goes."""
-    shutil.rmtree(root / EARLIER, ignore_errors=True)
+    """The new run stands: the one that it replaces goes, at once and for good."""
+    if (root / EARLIER).is_dir():
+        (root / EARLIER).rename(root / DROPPED)
+        shutil.rmtree(root / DROPPED, ignore_errors=True)
 
 
 def replaces(root: Path, path: Path) -> bool:
@@ -164,15 +170,20 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _put_aside(root: Path) -> None:
-    _move(root, root / EARLIER)
+    _move(root, root / MOVING)
+    if (root / MOVING).is_dir():
+        (root / MOVING).rename(root / EARLIER)
     for name in FOLDERS:
         with suppress(OSError):  # it holds more, or there is none
             (root / name).rmdir()
 
 
 def _recall(root: Path) -> None:
-    if not _written(root / EARLIER):
-        return
-    _delete(root)
-    _move(root / EARLIER, root)
-    drop_earlier(root)
+    """Undoes `_put_aside`, wherever that or this was killed: what is deleted is never all that there is."""
+    shutil.rmtree(root / DROPPED, ignore_errors=True)
+    if (root / EARLIER).is_dir():
+        _delete(root)
+        (root / EARLIER).rename(root / MOVING)
+    if (root / MOVING).is_dir():
+        _move(root / MOVING, root)
+        shutil.rmtree(root / MOVING)
