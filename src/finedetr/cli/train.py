@@ -54,7 +54,7 @@ class Train:
     resume: Path | None = None
     """Go on with the run in this folder, exactly where it stands."""
     overwrite: bool = False
-    """Delete the run that is in the folder already."""
+    """Replace the run that is in the folder already; it goes when the new one has begun."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     layout: str | None = None
