@@ -41,7 +41,11 @@ def one(row: str, seed: int, data: Path, out: Path, seconds: float) -> dict[str,
     if loss == "Varifocal":
         recipe = replace(recipe, objective=recipe.objective.swap(MatchabilityAware, Varifocal(weight=4.0)))
     recipe = replace(
-        recipe, seed=seed, workers=0, augmentation=replace(recipe.augmentation, mosaic=dense, mixup=dense, crop=0.2)
+        recipe,
+        seed=seed,
+        workers=0,
+        augmentation=replace(recipe.augmentation, mosaic=dense, mixup=dense, crop=0.2),
+        schedule=replace(recipe.schedule, long_steps=0),  # all of it, however short the run: that is the question
     )
     result = begin(Request(data, recipe, out, device="cpu", overwrite=True, quiet=True))
     assert result.evaluation is not None

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from finedetr.errors import ConfigError
+from finedetr.model.zoo import variant
+from finedetr.recipes import build
 from finedetr.train.budget import Budget, epochs_in_time
 from finedetr.train.plan import Plan, share_of
 from finedetr.train.state import Progress
@@ -48,6 +50,21 @@ def test_a_slow_first_step_does_not_spend_a_budget() -> None:
     assert budget.is_spent(p, 60.0, 40.0)
     p.evaluating = 5.0  # measured: shorter
     assert not budget.is_spent(p, 60.0, 40.0)
+
+
+def test_a_short_run_has_less_of_what_is_strong() -> None:
+    recipe = build(variant("dfine-n"), random_start=False)
+    epochs, published = recipe.schedule.long_steps // 100, recipe.augmentation
+    for share, part in ((1.0, 1), (0.5, 2), (0.1, 10), (0.1, 50)):
+        plan = Plan(recipe, epochs // part, 100)
+        mild = plan.augmentation
+        assert [mild.mosaic, mild.mixup, mild.zoom_out] == pytest.approx([0.5 * share] * 3)
+        assert (mild.crop, mild.flip, mild.photometric) == (published.crop, published.flip, published.photometric)
+        assert bool(plan.why_milder) == (share < 1)
+    assert Plan(recipe, epochs, 100).augmentation == published
+    assert "mosaic, mixup, zoom_out with 10% of their chances" in Plan(recipe, 1, 100).why_milder[0]
+    dfine = build(variant("dfine-n"), "dfine", random_start=False)
+    assert Plan(dfine, 1, 1).augmentation == dfine.augmentation  # the paper's original
 
 
 def test_the_last_epoch_is_always_evaluated() -> None:

@@ -143,6 +143,25 @@ def test_the_rate_follows_the_batch_and_says_so() -> None:
     assert linear.resolve(1000).lr == pytest.approx(5e-5)
 
 
+def test_a_short_run_has_a_higher_rate_and_says_so() -> None:
+    def rate(recipe: Recipe, epochs: int) -> tuple[float, str]:
+        planned = replace(recipe, epochs=epochs, batch=8)
+        resolved = planned.resolve(800)  # 100 steps an epoch
+        assert resolved.lr
+        return resolved.lr / recipe.optimizer.rate_at(8), planned.why_rate(resolved)
+
+    deim = build(variant("dfine-n"), random_start=False)
+    long = deim.schedule.long_steps // 100
+    assert rate(deim, long)[0] == rate(deim, 2 * long)[0] == 1
+    assert rate(deim, long // 4)[0] == pytest.approx(2)
+    assert rate(deim, 1)[0] == deim.schedule.hasten
+    assert "for a short run" not in rate(deim, long)[1]
+    assert "x 2, for a short run (schedule.long_steps)" in rate(deim, long // 4)[1]
+    assert rate(build(variant("dfine-n"), "dfine", random_start=False), 1)[0] == 1  # the paper's original
+    asked = replace(deim, lr=1e-4, epochs=1).resolve(800)
+    assert asked.lr == 1e-4
+
+
 @pytest.mark.parametrize(("pictures", "batch"), [(1, 4), (100, 4), (200, 8), (400, 16), (5000, 32)])
 def test_few_pictures_get_a_smaller_batch(pictures: int, batch: int) -> None:
     assert Recipe().resolve(pictures).batch == batch

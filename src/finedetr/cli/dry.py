@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finedetr.data.balance import repeat_factors
 from finedetr.model.cost import count_operations, latencies
 from finedetr.model.deploy import deployed
 from finedetr.model.detector import Detector
@@ -35,8 +34,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
     pictures = len(data.train)
     recipe = request.recipe.resolve(pictures)
     batch = recipe.batch or 1
-    drawn = int(repeat_factors(data.train, recipe.balance).sum())  # pictures of an epoch
-    plan = Plan(recipe, recipe.epochs, max(drawn // batch, 1))
+    plan = Plan.of(recipe, recipe.epochs, data.train)
     windows = plan.windows
     beside = recipe.teaching.beside(batch) if data.unlabelled else 0
     memory = expected_memory(recipe, len(data.train.categories), beside)
@@ -59,6 +57,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         "pictures": pictures,
         "steps": plan.total,
         "warmup_steps": recipe.schedule.warmup_of(plan.total),
+        "strength": recipe.schedule.strength(plan.total),
         "windows": {"start": windows.start, "mosaic_end": windows.mosaic_end, "plain_from": windows.plain_from},
         "price": cost,
         "average_decay": plan.decay,
@@ -69,7 +68,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         else None,
         "out": str(request.out),
     }
-    parts = [name for name in ("mosaic", "mixup") if getattr(recipe.augmentation, name)]
+    parts = [name for name in ("mosaic", "mixup") if getattr(plan.augmentation, name)]
     dense = f"{' and '.join(parts)} from {windows.start} to {windows.mosaic_end}" if parts else "no mosaic, no mixup"
     width = max(map(len, values))
     lines = [f"{key:{width}}  {_short(value)}  ({origins[key]})" for key, value in values.items()]
@@ -80,6 +79,7 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         f"objective  {recipe.formula()}",
         f"plan       {recipe.epochs} epochs x {plan.steps} steps; {dense}; plain from {windows.plain_from}; "
         f"warm-up {recipe.schedule.warmup_of(plan.total)} steps",
+        *plan.why_milder,
         *([balance_line(recipe, data)] if recipe.balance else []),
         *_price_line(cost),
         f"average    decay {plan.decay:.6g}",

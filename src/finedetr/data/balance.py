@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from finedetr.data.dataset import Dataset
 
-__all__ = ["draw_epoch", "repeat_factors"]
+__all__ = ["draw_epoch", "epoch_length", "repeat_factors"]
 
 
 def repeat_factors(data: Dataset, threshold: float) -> NDArray[np.float64]:
@@ -28,6 +28,11 @@ def repeat_factors(data: Dataset, threshold: float) -> NDArray[np.float64]:
     factors = np.ones(len(data))
     np.maximum.at(factors, pairs[:, 0], factor[pairs[:, 1]])
     return factors
+
+
+def epoch_length(data: Dataset, threshold: float) -> int:
+    """Pictures of an epoch, repeated ones counted; an epoch may have one more."""
+    return int(repeat_factors(data, threshold).sum()) if threshold > 0 else len(data)
 
 
 def draw_epoch(rng: np.random.Generator, factors: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -17,10 +17,22 @@ from numpy.typing import NDArray
 from finedetr.data.dataset import Dataset
 from finedetr.errors import ConfigError
 
-__all__ = ["Active", "Augmentation", "Color", "Plan", "Tile", "Truth", "Windows", "plan_plain", "plan_standard"]
+__all__ = [
+    "STRONG",
+    "Active",
+    "Augmentation",
+    "Color",
+    "Plan",
+    "Tile",
+    "Truth",
+    "Windows",
+    "plan_plain",
+    "plan_standard",
+]
 
 Rect = tuple[float, float, float, float]  # left, top, right, bottom
 Matrix = NDArray[np.float64]  # [2, 3]: (x, y, 1) -> (x, y)
+STRONG = ("mosaic", "mixup", "copy_blend", "zoom_out")  # make objects smaller or pictures denser
 REDUCTIONS = (8, 4, 2)  # what a JPEG can be reduced by while it is decoded
 
 
@@ -65,6 +77,13 @@ class Augmentation:
                 raise ConfigError(f"augmentation.{name}: wanted 0 < low <= high; got {(low, high)}")
         if self.zoom_out_side[0] < 1 or self.crop_scale[1] > 1:
             raise ConfigError("augmentation: zoom_out_side starts at 1 or above, crop_scale ends at 1 or below")
+
+    def milder(self, share: float) -> Augmentation:
+        """With this share of the chances of all that makes objects smaller or pictures denser."""
+        if share == 1:
+            return self
+        chances = {name: round(share * getattr(self, name), 6) for name in STRONG}
+        return replace(self, **chances)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from finedetr.recipes.deformable import deformable_detr
 from finedetr.recipes.deimv2 import deimv2
 from finedetr.recipes.dfine import dfine, with_numbers
 from finedetr.recipes.dino import dino
-from finedetr.recipes.published import DEIM_RTDETRV2, HOSTS, row
+from finedetr.recipes.published import DEIM_RTDETRV2, HOSTS, LONG_STEPS, row
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.terms import Focal, MatchabilityAware, Varifocal
 from finedetr.train.recipe import Recipe
@@ -47,7 +47,7 @@ def deim(base: Recipe) -> Recipe:
     return replace(
         recipe,
         name="deim",
-        schedule=replace(recipe.schedule, curve="flat-cosine", warmup_steps=2000),
+        schedule=replace(recipe.schedule, curve="flat-cosine", warmup_steps=2000, long_steps=LONG_STEPS),
         objective=recipe.objective.swap(Varifocal, MatchabilityAware()),
     )
 

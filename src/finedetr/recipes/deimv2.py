@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finedetr.recipes.dfine import dfine, with_numbers
-from finedetr.recipes.published import DEIMV2, row
+from finedetr.recipes.published import DEIMV2, LONG_STEPS, row
 from finedetr.recipes.rtdetrv2 import rtdetrv2
 from finedetr.supervise.matching import PerStage
 from finedetr.supervise.objective import Objective
@@ -41,6 +41,7 @@ def deimv2(base: Recipe) -> Recipe:
         schedule=replace(
             recipe.schedule,
             curve="flat-cosine",
+            long_steps=LONG_STEPS,
             warmup_steps=published.warmup_steps,
             late_matching=published.late / published.epochs,
         ),

@@ -93,7 +93,7 @@ class Run:
         self.out_of_time = False
         self.last_ap = -1.0
         self.loader: TrainingLoader | None = None
-        self.plan = Plan(recipe, recipe.epochs, 1)
+        self.plan = Plan.of(recipe, recipe.epochs, data.train)
         self._plan_for(recipe.epochs)
         self.progress = Progress(
             epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps, accumulate=recipe.accumulate
@@ -107,14 +107,15 @@ class Run:
             self.observer = Watch(recipe, data.val, batch, self.student.updater.precision)
 
     def _plan_for(self, epochs: int) -> None:
-        """Fits everything that has a length to a run of so many epochs; a new loader only where its windows change."""
-        recipe, windows = self.recipe, self.recipe.schedule.windows(epochs)
-        if self.loader is None or windows != self.plan.windows:
+        """Fits everything that has a length to a run of so many epochs; a new loader only where its part changes."""
+        recipe, plan = self.recipe, Plan.of(self.recipe, epochs, self.data.train)
+        windows, augmentation = plan.windows, plan.augmentation
+        if self.loader is None or (windows, augmentation) != (self.plan.windows, self.plan.augmentation):
             self.close()
             share = share_of(recipe.batch or 1, self.world.size, recipe.accumulate)
             self.loader = TrainingLoader(
                 self.data.train,
-                recipe.augmentation,
+                augmentation,
                 windows,
                 recipe.size,
                 share,
@@ -127,10 +128,9 @@ class Run:
                 recipe.teaching.beside(share),
             )
             self.on_device = OnDevice(
-                recipe.augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std
+                augmentation, windows, recipe.size, recipe.seed, self.world.device, recipe.mean, recipe.std
             )
-        self.plan = Plan(recipe, epochs, self.loader.steps)
-        self.rates = self.plan.rates
+        self.plan, self.rates = plan, plan.rates
 
     def close(self) -> None:
         """Ends the processes that read pictures."""
@@ -308,12 +308,14 @@ class Run:
         p = self.progress
         if epochs == p.epochs:
             return False
-        before = self.plan.windows
+        before, augmentation = self.loader, self.plan.augmentation
         p.epochs = epochs
         self._plan_for(epochs)
         self._retune()
         self.reporter.line(f"epochs that fit into {self.recipe.max_time:g} seconds: {epochs}; the schedule follows")
-        return self.plan.windows != before
+        for line in self.plan.why_milder if self.plan.augmentation != augmentation else ():
+            self.reporter.line(line)
+        return self.loader is not before
 
     # ------------------------------------------------------------------------------------------------- between epochs
 

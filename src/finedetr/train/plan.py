@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finedetr.data.transforms import Windows
+from finedetr.data.balance import epoch_length
+from finedetr.data.dataset import Dataset
+from finedetr.data.transforms import STRONG, Augmentation, Windows
 from finedetr.errors import ConfigError
 from finedetr.train.recipe import Recipe
 from finedetr.train.schedule import Curve
@@ -20,6 +22,11 @@ class Plan:
     epochs: int
     steps: int  # of an epoch
 
+    @classmethod
+    def of(cls, recipe: Recipe, epochs: int, data: Dataset) -> Plan:
+        """The plan of a resolved recipe for its training pictures."""
+        return cls(recipe, epochs, recipe.steps(epoch_length(data, recipe.balance)))
+
     @property
     def total(self) -> int:
         """Steps of the run."""
@@ -29,6 +36,23 @@ class Plan:
     def windows(self) -> Windows:
         """Epochs at which the augmentation changes."""
         return self.recipe.schedule.windows(self.epochs)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """With as much of what is strong as a run of this length can use."""
+        return self.recipe.augmentation.milder(self.recipe.schedule.strength(self.total))
+
+    @property
+    def why_milder(self) -> list[str]:
+        """One line on what of the augmentation is rarer because the run is short, if it is."""
+        schedule, share = self.recipe.schedule, self.recipe.schedule.strength(self.total)
+        strong = [name for name in STRONG if getattr(self.recipe.augmentation, name)]
+        if share == 1 or not strong:
+            return []
+        return [
+            f"short run: {self.total} steps, schedule.long_steps is {schedule.long_steps}: {', '.join(strong)} with "
+            f"{share:.0%} of their chances"
+        ]
 
     @property
     def rates(self) -> Curve:

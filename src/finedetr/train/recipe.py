@@ -97,6 +97,11 @@ class Schedule:
     """From here on matching goes by score and overlap alone (DEIMv2); 1 is never."""
     restart: bool = False
     """Begin the plain part from the best weights so far, and go back to them after each epoch that is no better."""
+    long_steps: int = 0
+    """A run of fewer steps is short: its rate is higher, and what makes objects smaller or pictures denser (mosaic,
+    mixup, pasted objects, zoom-out) is rarer, in proportion. 0: every run is as published."""
+    hasten: float = 2.0
+    """The rate of a short run rises by the root of how much shorter it is, at most so many times (see also --lr)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= max(self.start, self.flat) <= self.plain <= 1:
@@ -106,14 +111,25 @@ class Schedule:
         for name in ("warmup", "drop", "gamma", "late_matching"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"schedule.{name}: 0 to 1 is wanted, {getattr(self, name)} came", code="range")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps: 0 or more is wanted, {self.warmup_steps} came", code="range")
+        for name in ("warmup_steps", "long_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"schedule.{name}: 0 or more is wanted, {getattr(self, name)} came", code="range")
+        if self.hasten < 1:
+            raise ConfigError(f"schedule.hasten: 1 or more is wanted, {self.hasten} came", code="range")
 
     def windows(self, epochs: int) -> Windows:
         """The epochs at which the augmentation changes, in a run of so many epochs."""
         plain = round(self.plain * epochs)
         mosaic = min(round(self.flat * epochs), plain)
         return Windows(min(round(self.start * epochs), mosaic), mosaic, plain)
+
+    def haste(self, total: int) -> float:
+        """By how much the rate of a run of so many steps is higher than that of a long one."""
+        return min(self.hasten, math.sqrt(max(self.long_steps / total, 1.0)))
+
+    def strength(self, total: int) -> float:
+        """The share of the strong augmentation in a run of so many steps: tenths, and at least one of them."""
+        return min(max(round(total / self.long_steps, 1), 0.1), 1.0) if self.long_steps else 1.0
 
     def warmup_of(self, total: int) -> int:
         """Steps of the warm-up in a run of so many steps."""
@@ -375,8 +391,15 @@ class Recipe:
         """
         if pictures < 1:
             raise DataError("the training split has no pictures", code="empty_split")
-        batch = self.batch or self._batch_for(pictures)
-        return replace(self, batch=batch, lr=self.lr or self.optimizer.rate_at(batch))
+        chosen = replace(self, batch=self.batch or self._batch_for(pictures))
+        return replace(chosen, lr=self.lr or chosen._rate(pictures))
+
+    def steps(self, pictures: int) -> int:
+        """Steps of an epoch of a resolved recipe: whole batches, at least one."""
+        return max(pictures // (self.batch or 1), 1)
+
+    def _rate(self, pictures: int) -> float:
+        return self.optimizer.rate_at(self.batch or 1) * self.schedule.haste(self.epochs * self.steps(pictures))
 
     def _batch_for(self, pictures: int) -> int:
         """The reference batch, or the largest power of two of which an epoch still has twenty; at least 4."""
@@ -402,7 +425,11 @@ class Recipe:
         o, part = self.optimizer, f"; backbone {resolved.optimizer.backbone:g} of it"
         if self.lr is not None:
             return f"learning rate {resolved.lr:.3g}, as asked{part}"
-        if o.scaling == "none" or resolved.batch == o.batch:
-            return f"learning rate {resolved.lr:.3g}, the recipe's for batch {o.batch}{part}"
-        root = f"sqrt({resolved.batch}/{o.batch})" if o.scaling == "sqrt" else f"{resolved.batch}/{o.batch}"
-        return f"learning rate {resolved.lr:.3g} = {o.lr:g} x {root}, scaled from batch {o.batch}{part}"
+        batch = resolved.batch or 1
+        haste = (resolved.lr or o.lr) / o.rate_at(batch)
+        hastened = f" x {haste:.2g}, for a short run (schedule.long_steps)" if haste > 1 + 1e-9 else ""
+        if o.scaling == "none" or batch == o.batch:
+            rate = f"{resolved.lr:.3g} = {o.lr:g}" if hastened else f"{resolved.lr:.3g}"
+            return f"learning rate {rate}, the recipe's for batch {o.batch}{hastened}{part}"
+        root = f"sqrt({batch}/{o.batch})" if o.scaling == "sqrt" else f"{batch}/{o.batch}"
+        return f"learning rate {resolved.lr:.3g} = {o.lr:g} x {root}, scaled from batch {o.batch}{hastened}{part}"

@@ -24,7 +24,7 @@ from finedetr.train.distributed import World, open_world
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.log import Reporter
 from finedetr.train.loop import Data, Result, Run
-from finedetr.train.plan import share_of
+from finedetr.train.plan import Plan, share_of
 from finedetr.train.recipe import Recipe
 from finedetr.train.step import Precision
 
@@ -191,6 +191,8 @@ def begin(
             _introduce(reporter, data, report, world, folder)
             reporter.line(request.recipe.why_batch(recipe, len(data.train)))
             reporter.line(request.recipe.why_rate(recipe))
+            for line in Plan.of(recipe, recipe.epochs, data.train).why_milder:
+                reporter.line(line)
             if tell:
                 tell(reporter)
             run = Run(recipe, data, folder, world, reporter, request.start, request.teacher, callbacks)
