@@ -182,6 +182,20 @@ def test_a_dry_run_says_how_dense_the_pictures_get(
     assert said in capsys.readouterr().out
 
 
+def test_a_dry_run_says_what_is_rarer_because_the_run_is_short(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--data", str(data), "--dry-run", *TINY]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "schedule.long_steps is 20000: mosaic, mixup, zoom_out with 10% of their chances" in said
+    assert "higher for a short run (schedule.long_steps)" in said
+    assert main([*words, "--schedule.long-steps", "0"]) == 0
+    assert "short run" not in capsys.readouterr().out
+    assert main([*words, "--recipe", "dfine"]) == 0
+    said = capsys.readouterr().out
+    assert "short run" not in said
+    assert "steps; no mosaic, no mixup; plain" in said  # D-FINE never has any
+
+
 def test_a_dry_run_counts_the_pictures_that_balancing_repeats(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--data", str(data), "--dry-run", "--epochs", "1", *TINY]
     assert main([*words, "--batch", "1"]) == 0

@@ -156,7 +156,8 @@ def test_a_short_run_has_a_higher_rate_and_says_so() -> None:
     assert rate(deim, long // 4)[0] == pytest.approx(2)
     assert rate(deim, 1)[0] == deim.schedule.hasten
     assert "for a short run" not in rate(deim, long)[1]
-    assert "x 2, for a short run (schedule.long_steps)" in rate(deim, long // 4)[1]
+    why = "= 0.0008 x sqrt(8/128) x 2, scaled from batch 128 and higher for a short run (schedule.long_steps);"
+    assert why in rate(deim, long // 4)[1]
     assert rate(build(variant("dfine-n"), "dfine", random_start=False), 1)[0] == 1  # the paper's original
     asked = replace(deim, lr=1e-4, epochs=1).resolve(800)
     assert asked.lr == 1e-4

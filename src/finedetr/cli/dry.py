@@ -68,7 +68,8 @@ def describe(request: Request, base: Recipe, made: Recipe) -> tuple[dict[str, An
         else None,
         "out": str(request.out),
     }
-    parts = [name for name in ("mosaic", "mixup") if getattr(plan.augmentation, name)]
+    dense_epochs = windows.mosaic_end > windows.start
+    parts = [name for name in ("mosaic", "mixup") if dense_epochs and getattr(plan.augmentation, name)]
     dense = f"{' and '.join(parts)} from {windows.start} to {windows.mosaic_end}" if parts else "no mosaic, no mixup"
     width = max(map(len, values))
     lines = [f"{key:{width}}  {_short(value)}  ({origins[key]})" for key, value in values.items()]

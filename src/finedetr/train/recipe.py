@@ -427,9 +427,12 @@ class Recipe:
             return f"learning rate {resolved.lr:.3g}, as asked{part}"
         batch = resolved.batch or 1
         haste = (resolved.lr or o.lr) / o.rate_at(batch)
-        hastened = f" x {haste:.2g}, for a short run (schedule.long_steps)" if haste > 1 + 1e-9 else ""
-        if o.scaling == "none" or batch == o.batch:
-            rate = f"{resolved.lr:.3g} = {o.lr:g}" if hastened else f"{resolved.lr:.3g}"
-            return f"learning rate {rate}, the recipe's for batch {o.batch}{hastened}{part}"
-        root = f"sqrt({batch}/{o.batch})" if o.scaling == "sqrt" else f"{batch}/{o.batch}"
-        return f"learning rate {resolved.lr:.3g} = {o.lr:g} x {root}, scaled from batch {o.batch}{hastened}{part}"
+        factors, reasons = [f"{o.lr:g}"], [f"the recipe's for batch {o.batch}"]
+        if o.scaling != "none" and batch != o.batch:
+            factors.append(f"sqrt({batch}/{o.batch})" if o.scaling == "sqrt" else f"{batch}/{o.batch}")
+            reasons = [f"scaled from batch {o.batch}"]
+        if haste > 1 + 1e-9:
+            factors.append(f"{haste:.2g}")
+            reasons.append("higher for a short run (schedule.long_steps)")
+        product = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
+        return f"learning rate {resolved.lr:.3g}{product}, {' and '.join(reasons)}{part}"
