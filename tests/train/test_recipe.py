@@ -163,6 +163,12 @@ def test_a_short_run_has_a_higher_rate_and_says_so() -> None:
     assert asked.lr == 1e-4
 
 
+@pytest.mark.parametrize(("field", "value"), [("long_steps", -1), ("hasten", 0.5), ("warmup_steps", -1)])
+def test_a_schedule_that_cannot_be_names_the_field(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"schedule.{field}: \d or more is wanted, {value} came"):
+        Schedule(**{field: value})
+
+
 @pytest.mark.parametrize(("pictures", "batch"), [(1, 4), (100, 4), (200, 8), (400, 16), (5000, 32)])
 def test_few_pictures_get_a_smaller_batch(pictures: int, batch: int) -> None:
     assert Recipe().resolve(pictures).batch == batch

@@ -28,8 +28,8 @@ def deim(base: Recipe) -> Recipe:
     the objective of boxes and who answers for what, is the host's: D-FINE's, or RT-DETRv2's for plain boxes. For the
     classic DETRs nothing is published: they keep their own numbers, with the schedule of DEIM on RT-DETRv2-R50.
 
-    Ours: a run of fewer than `LONG_STEPS` steps has a higher rate and less of the strong augmentation (LOG.md, "Short
-    runs"); `--schedule.long-steps 0` is as published.
+    Ours: but for the classic DETRs, a run of fewer than `LONG_STEPS` steps has a higher rate and less of the strong
+    augmentation (LOG.md, "Short runs"); `--schedule.long-steps 0` is as published.
 
     Command: `finedetr train --data coco --model dfine-s` (this recipe is the default).
     Time: 132 epochs of COCO for S, 58 for L; the authors used 4 GPUs with batch 32.

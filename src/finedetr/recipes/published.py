@@ -25,8 +25,8 @@ __all__ = [
 
 
 LONG_STEPS = 20_000
-"""Ours: what DEIM's numbers are for, if not quite (theirs are 10 to 25 times as long). A run of fewer steps learns more
-with a higher rate and little of what is strong in the augmentation (LOG.md, "Short runs")."""
+"""Ours, not measured as a limit: below it a run of DEIM's recipes counts as short (the published ones have at least
+seven times as many), and learns more with a higher rate and less of the strong augmentation (LOG.md, "Short runs")."""
 
 _SMALL = Grouping(decay_backbone_norms=True, decay_affine=True)
 _LARGE = Grouping(decay_backbone_norms=True, decay_affine=True, decay_biases=True)

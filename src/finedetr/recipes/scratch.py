@@ -14,8 +14,9 @@ def scratch(base: Recipe) -> Recipe:
 
     The published rates are for an ImageNet backbone, which is to change little: 1/2 (N, S) to 1/100 (X) of the rate,
     and frozen norms and stem in D-FINE L and X. A random backbone has to learn, so it trains at the full rate with
-    nothing frozen, and the rate is 8e-4 at batch 32 for all sizes, up to three times that in a short run; the classic
-    DETRs keep theirs. Restarts from the best epoch, which are made for the last percent of a long run, are off.
+    nothing frozen, and the rate is 8e-4 at batch 32 for all sizes, up to three times that in a short run of DEIM's
+    recipes; the classic DETRs keep theirs. Restarts from the best epoch, which are made for the last percent of a long
+    run, are off.
 
     Command: `finedetr train --data pictures/` (without `--weights`).
     Expect: depends on the pictures; LOG.md has the curves of `finedetr demo` and of small real sets.

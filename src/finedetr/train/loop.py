@@ -93,7 +93,7 @@ class Run:
         self.out_of_time = False
         self.last_ap = -1.0
         self.loader: TrainingLoader | None = None
-        self.plan = Plan.of(recipe, recipe.epochs, data.train)
+        self.plan: Plan
         self._plan_for(recipe.epochs)
         self.progress = Progress(
             epochs=recipe.epochs, limit=recipe.epochs, steps=self.plan.steps, accumulate=recipe.accumulate
