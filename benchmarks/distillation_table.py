@@ -35,10 +35,10 @@ from finedetr.data.formats import open_dataset
 from finedetr.distill.matching import TeacherVotes
 from finedetr.distill.queries import AuxiliaryQueries, PredictionQueries, QueryPrior
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation, PredictionDistillation
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.zoo import variant
 from finedetr.recipes import PAPERS, build
 from finedetr.supervise.terms import MatchabilityAware, Term, Varifocal
-from finedetr.train.distributed import keep_freed_memory
 from finedetr.train.folder import RunFolder, find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin
@@ -263,7 +263,7 @@ def main() -> None:
     begun = time.monotonic()
     if args.device == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory()
+        prepare_cpu()
     data = Path(args.data)
     if args.data == "drawings":
         data = args.out / "drawings"

@@ -23,12 +23,12 @@ import torch
 
 from finedetr.cli.demo import demo_model, demo_recipe
 from finedetr.data.drawing import draw_dataset
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.config import ModelConfig
 from finedetr.model.foreign_names import official_names
 from finedetr.model.weights import load_weights
 from finedetr.model.zoo import variant
 from finedetr.recipes import build
-from finedetr.train.distributed import keep_freed_memory
 from finedetr.train.folder import find_weights
 from finedetr.train.recipe import Recipe
 from finedetr.train.session import Request, begin
@@ -151,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    prepare_cpu()
     data = args.out / "drawings"
     if not data.is_dir():
         draw_dataset(data, train=TRAIN, val=VAL, size=(SIDE, SIDE), seed=0)

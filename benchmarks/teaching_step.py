@@ -25,12 +25,12 @@ import torch
 from benchmarks.training_step import truth
 from finedetr.distill.teachers import Teacher, Teachers, build_adapters
 from finedetr.distill.terms import FeatureDistillation, LogitsDistillation
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.deploy import fold_norms
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
 from finedetr.recipes import PAPERS, build
 from finedetr.records import Guidance, QueryGroup, Targets
-from finedetr.train.distributed import keep_freed_memory
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
 from finedetr.train.recipe import Recipe
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    prepare_cpu()
     images = torch.rand(args.batch, 3, args.size, args.size).to(memory_format=torch.channels_last)
     targets = truth(args.batch, args.targets, args.classes, "cpu")
     base = build(variant(args.student), "dfine", random_start=True)

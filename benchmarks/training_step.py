@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tests.model.oracle import transformers_detector
 
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
 from finedetr.records import Targets
@@ -32,7 +33,6 @@ from finedetr.supervise.terms import (
     LocalizationDistillation,
     Varifocal,
 )
-from finedetr.train.distributed import keep_freed_memory
 from finedetr.train.ema import MovingAverage
 from finedetr.train.optimizer import adamw, parameter_groups
 from finedetr.train.step import Precision, step
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        keep_freed_memory()  # as `finedetr train` does; here it speeds up all contenders
+        prepare_cpu()  # as `finedetr train` does; here it speeds up all contenders
     images = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
     targets = truth(args.batch, args.targets, args.classes, args.device)
     contenders: dict[str, Step] = {

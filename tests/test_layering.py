@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "finedetr"
 GROUND = {"_version", "_env", "errors", "files", "geometry", "records", "detections"}
 FLOORS = [
     GROUND,
+    {"kernels"},
     {"model", "supervise", "data", "serve"},
     {"distill", "evaluate", "export"},
     {"train"},

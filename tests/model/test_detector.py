@@ -214,28 +214,6 @@ def test_the_training_step_reaches_every_trainable_parameter() -> None:
     assert silent == []
 
 
-def test_folding_the_learnable_affine_into_the_norm_changes_nothing() -> None:
-    folded, plain = tiny().train().backbone.double(), tiny().train().backbone.double()
-    with torch.no_grad():
-        for module in (folded, plain):
-            module.stem.stem1.affine.scale.fill_(-0.7)  # type: ignore[union-attr]
-    for module in plain.modules():
-        if hasattr(module, "_may_fold"):
-            module._may_fold = lambda x: False
-    images = torch.rand(2, 3, 64, 64, dtype=torch.double)
-    results = []
-    for module in (folded, plain):
-        maps = module(images)
-        sum((m * torch.linspace(0, 1, m.numel()).view_as(m)).sum() for m in maps).backward()
-        results.append((maps, {n: p.grad for n, p in module.named_parameters()}, dict(module.named_buffers())))
-    for a, b in zip(results[0][0], results[1][0], strict=True):
-        torch.testing.assert_close(a, b)
-    for name, grad in results[0][1].items():
-        torch.testing.assert_close(grad, results[1][1][name], msg=name)
-    for name, buffer in results[0][2].items():
-        torch.testing.assert_close(buffer, results[1][2][name], msg=name)
-
-
 def test_tables_are_built_once_and_no_more_than_64_are_kept() -> None:
     built: list[int] = []
 

@@ -24,6 +24,7 @@ from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.pictures import save_picture, worst_sheet
 from finedetr.evaluate.predictor import evaluate_detector
 from finedetr.files import write_text
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.detector import Detector
 from finedetr.model.weights import Card, load_weights, save_weights
 from finedetr.train.distributed import choose_device
@@ -91,6 +92,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     folder.mkdir(parents=True, exist_ok=True)  # here: a folder that cannot be is told before the work
     device = choose_device(flags.device)
+    prepare_cpu()
     detector, card = load_weights(file, device, queries=flags.queries)
     dataset = open_dataset(data, flags.split, layout=flags.layout, skip_missing=flags.skip_missing)
     for note in dataset.notes:

@@ -21,6 +21,7 @@ from finedetr.evaluate.results import as_files
 from finedetr.evaluate.sources import Pictures, find_pictures
 from finedetr.evaluate.video import Video, VideoWriter, is_video
 from finedetr.files import fresh_stem, refuse_existing, write_text
+from finedetr.kernels.process import prepare_cpu
 from finedetr.model.weights import Card, load_weights
 from finedetr.train.distributed import choose_device
 from finedetr.train.folder import find_weights
@@ -77,6 +78,7 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if not flags.overwrite:
         refuse_existing(_theirs(flags, sources), "Give another --out, or --overwrite to replace it.")
     device = choose_device(flags.device)
+    prepare_cpu()
     detector, card = load_weights(weights, device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
     predictor = Predictor(

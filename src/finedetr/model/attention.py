@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from finedetr.kernels.attention import attention
+
 __all__ = ["SelfAttention", "attend"]
 
 
@@ -52,11 +54,14 @@ class SelfAttention(nn.Module):
                 remaining tokens see one another and none of the first E, always; None: E is 0.
         """
         joint = self.qk(x + positions) if self.position is None else self.qk(x) + self.position(positions)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (*joint.chunk(2, dim=-1), self.v(x))
-        )
-        seen = attend(q, k, v, blocked, self.dropout if self.training else 0.0)
-        out: Tensor = self.out(seen.transpose(1, 2).flatten(2).to(x.dtype))
+        values, dropout, seen = self.v(x), self.dropout if self.training else 0.0, None
+        if torch.is_grad_enabled() and dropout == 0:
+            seen = attention(joint, values, blocked, self.heads)
+        if seen is None:
+            parts = (*joint.chunk(2, dim=-1), values)
+            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+            seen = attend(q, k, v, blocked, dropout).transpose(1, 2).flatten(2)
+        out: Tensor = self.out(seen.to(x.dtype))
         return out
 
 

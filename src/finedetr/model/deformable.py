@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finedetr.kernels.deformable import deformable_sum
 from finedetr.model.corners import sum_of_corners
 from finedetr.model.layers import kept
 
@@ -93,23 +94,33 @@ class DeformableAttention(nn.Module):
             shown: What another attention has read of it, for one that does not read.
         """
         memory = self.read(memory) if shown is None else shown
-        offsets = self._offsets(x).float()
-        weights = self._weights(x)
-        references = references[..., None]
-        if references.shape[-2] == 4:
-            moved = offsets * self.reach * references[..., 2:, :]
-        else:
+        offsets, logits = self._offsets(x), self.attention_weights(x)
+        stretch = self.reach.expand(2, -1)
+        if references.shape[-1] == 2:
             shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in memory)
-            moved = offsets * _cell_sizes(shapes, self.points, self.heads, offsets.device)
-        places = references[..., :2, :] + moved  # [B, N, 2 (x, y), heads · P]
-        if self.discrete:
-            seen = self._sum_of_cells(places, weights, memory)
-        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
-            seen = sum_of_corners(places, weights, memory, self.points, self.heads)
-        else:
-            seen = self._sum_of_samples(places, weights, memory)
+            stretch = _cell_sizes(shapes, self.points, self.heads, offsets.device)
+        seen = None
+        if torch.is_grad_enabled() and not self.discrete:
+            seen = deformable_sum(offsets, logits, references, stretch, memory, self.points, self.heads)
+        if seen is None:
+            seen = self._sum(offsets.float(), self._weights(logits), references, stretch, memory)
         seen = seen.to(x.dtype)
         return seen if self.out is None else self.out(seen)
+
+    def _sum(
+        self, offsets: Tensor, weights: Tensor, references: Tensor, stretch: Tensor, memory: tuple[Tensor, ...]
+    ) -> Float[Tensor, "B N D"]:
+        """What `deformable_sum` does, by operations of torch."""
+        references = references[..., None]
+        moved = offsets * stretch
+        if references.shape[-2] == 4:
+            moved = moved * references[..., 2:, :]
+        places = references[..., :2, :] + moved  # [B, N, 2 (x, y), heads · P]
+        if self.discrete:
+            return self._sum_of_cells(places, weights, memory)
+        if places.device.type == "cpu" and not torch.compiler.is_compiling():
+            return sum_of_corners(places, weights, memory, self.points, self.heads)
+        return self._sum_of_samples(places, weights, memory)
 
     def _offsets(self, x: Tensor) -> Tensor:
         """How far each place is from the reference [B, N, 2 (x, y), heads · P].
@@ -122,16 +133,15 @@ class DeformableAttention(nn.Module):
         offsets: Tensor = F.linear(x, weight, bias).unflatten(-1, (2, -1))
         return offsets
 
-    def _weights(self, x: Tensor) -> Tensor:
+    def _weights(self, logits: Tensor) -> Tensor:
         """How much each place counts [B, N, heads · P]; those of a head add up to one."""
-        weights: Tensor = self.attention_weights(x)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            weights = weights.unflatten(-1, (self.heads, -1)).float().softmax(dim=-1).flatten(-2)
-        else:  # along a short last axis softmax takes seven times as long on a CPU
-            weights = weights.transpose(1, 2).unflatten(1, (self.heads, -1))
-            weights = weights.to(torch.float32, memory_format=torch.contiguous_format).softmax(dim=2)
-            weights = weights.flatten(1, 2).transpose(1, 2).contiguous()
-        return weights
+        if logits.device.type != "cpu" or torch.compiler.is_compiling():
+            alone: Tensor = logits.unflatten(-1, (self.heads, -1)).float().softmax(dim=-1).flatten(-2)
+            return alone
+        # along a short last axis softmax takes seven times as long on a CPU
+        turned: Tensor = logits.transpose(1, 2).unflatten(1, (self.heads, -1))
+        turned = turned.to(torch.float32, memory_format=torch.contiguous_format).softmax(dim=2)
+        return turned.flatten(1, 2).transpose(1, 2).contiguous()
 
     def read(self, memory: tuple[Float[Tensor, "B D H W"], ...]) -> tuple[Float[Tensor, "B D H W"], ...]:
         """What queries find in the pyramid: its projection, where there is one."""

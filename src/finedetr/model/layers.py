@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finedetr.errors import ConfigError
+from finedetr.kernels.normalization import normalization
 
 __all__ = [
     "ACTIVATIONS",
@@ -156,29 +157,6 @@ class LearnableAffine(nn.Module):
         return self.scale * x + self.bias
 
 
-class _Floor(torch.autograd.Function):
-    """max(x, level) — or min, from the other side — whose level takes the gradient of a plain shift.
-
-    See `ConvNorm._norm_relu_affine`, the only user.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, level: Tensor, upper: bool) -> Tensor:
-        bound = float(level)
-        ctx.save_for_backward(x)
-        ctx.bound, ctx.upper = bound, upper
-        return x.clamp(max=bound) if upper else x.clamp(min=bound)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        if ctx.upper:  # threshold_backward keeps what lies above; mirror both
-            passed = torch.ops.aten.threshold_backward(grad, -x, -ctx.bound)
-        else:
-            passed = torch.ops.aten.threshold_backward(grad, x, ctx.bound)
-        return passed, grad.sum().float().reshape(1), None
-
-
 class ConvNorm(nn.Module):
     """Convolution without bias, batch normalization, activation, and optionally a learnable affine block.
 
@@ -221,8 +199,11 @@ class ConvNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B E H2 W2"]:
         """One feature map to the next."""
         x = self._convolve(x)
-        if self.affine is not None and self.act == "relu" and self._may_fold(x):
-            return self._norm_relu_affine(x, self.affine)
+        if torch.is_grad_enabled() and isinstance(self.norm, nn.BatchNorm2d):
+            affine = () if self.affine is None else (self.affine.scale, self.affine.bias)
+            fused = normalization(x, self.norm, self.act, *affine)
+            if fused is not None:
+                return fused
         x = self.norm(x)
         if self.act is not None:
             x = ACTIVATIONS[self.act](x)
@@ -237,39 +218,6 @@ class ConvNorm(nn.Module):
             conv = self.conv
             out = F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
             return out.to(torch.get_autocast_dtype("cpu"))
-
-    def _may_fold(self, x: Tensor) -> bool:
-        # reading the sign of the scale is free on the CPU only; compilers fuse the plain form by themselves
-        return (
-            x.device.type == "cpu"
-            and torch.is_grad_enabled()
-            and isinstance(self.norm, nn.BatchNorm2d)
-            and not torch.compiler.is_compiling()
-        )
-
-    def _norm_relu_affine(self, x: Tensor, affine: LearnableAffine) -> Tensor:
-        """Scale · relu(BN(x)) + bias in two passes over the map instead of four, exactly, for eager training on a CPU.
-
-        With scale s ≥ 0: s·relu(g·n + b) + t = max(s·g·n + s·b + t, t), so s and t go into the norm's own affine
-        parameters, which are short vectors; with s < 0 the maximum becomes a minimum.
-        """
-        norm = self.norm
-        assert isinstance(norm, nn.BatchNorm2d)
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        x = F.batch_norm(
-            x,
-            norm.running_mean,
-            norm.running_var,
-            affine.scale * norm.weight,
-            # the shift reaches every pixel, clipped or not: _Floor gives it its whole gradient
-            affine.scale * norm.bias + affine.bias.detach(),
-            norm.training,
-            norm.momentum or 0.0,
-            norm.eps,
-        )
-        out: Tensor = _Floor.apply(x, affine.bias, bool(affine.scale < 0))  # type: ignore[no-untyped-call]
-        return out
 
 
 class Backbone(nn.Module):

@@ -5,9 +5,7 @@ Started by `torchrun`, whose variables are RANK, WORLD_SIZE and LOCAL_RANK; with
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +16,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finedetr.errors import RunError, UsageError
+from finedetr.kernels.process import prepare_cpu
 
-__all__ = ["World", "choose_device", "keep_freed_memory", "open_world"]
+__all__ = ["World", "choose_device", "open_world"]
 
 PATIENCE = timedelta(minutes=30)  # an evaluation on the first process may take its time
 
@@ -133,7 +132,7 @@ def open_world(device: str = "auto") -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif chosen.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     if size == 1:
         yield World(device=chosen)
         return
@@ -154,23 +153,6 @@ def open_world(device: str = "auto") -> Iterator[World]:
         yield World(rank, size, chosen)
     finally:
         distributed.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library keep freed memory for the next tensor instead of giving it back to the system.
-
-    A training step on the CPU frees and takes hundreds of megabytes; every page that comes anew from the system costs a
-    fault, on a virtual machine ten microseconds and more. Only glibc has the setting; elsewhere nothing happens.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    setting = getattr(ctypes.CDLL(None), "mallopt", None)
-    if setting is None:
-        return
-    options = {"M_MMAP_THRESHOLD": -3, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2}  # malloc.h
-    setting(options["M_MMAP_THRESHOLD"], 32 * 2**20)  # the most that glibc takes
-    setting(options["M_TRIM_THRESHOLD"], 2**31 - 1)
-    setting(options["M_TOP_PAD"], 64 * 2**20)
 
 
 def _variable(name: str, default: int) -> int:

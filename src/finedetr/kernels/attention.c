@@ -1,0 +1,292 @@
+// Attention of queries to one another, forward and backward, without a map of it in memory.
+//
+// One task is one head of one picture. Its queries, keys and values are written in float32, row after row and, where
+// products run over columns, the other way round. Then ROWS queries at a time meet COLUMNS keys at a time; blocks of
+// keys that none of these queries may see are left out. HEAD, the width of a head, is given to the compiler.
+
+#include <omp.h>
+
+#include "vectors.h"
+
+#define COLUMNS (2 * LANES)
+#define PARTS (HEAD / LANES)  // vectors that one row of a head fills
+
+typedef struct {
+    const void *joint, *values;  // queries and keys side by side [B, N, 2 · heads · HEAD], values [B, N, heads · HEAD]
+    int half;                    // whether they are bfloat16
+    const uint8_t *blocked;      // for the first `extra` queries, what they must not see [*B, extra, N]
+    long blocked_stride;         // from one picture's to the next's; 0 where all have one
+    uint8_t *hidden;             // the same with room behind each row, all of it hidden; see `survey`
+    uint8_t *blocks;             // how much the rows of each block of them see of each block of keys
+    int extra, batch, heads, count;
+} Attention;
+
+enum { NONE, SOME, ALL };
+
+typedef struct {
+    float *queries, *keys, *values, *keys_across, *values_across, *answers, *to_answers, *to_keys, *to_values;
+    float *scores, *slopes;  // of ROWS queries
+    int *columns;            // where the blocks of keys begin that they see
+    uint8_t *partly;         // those of which they see a part only
+} Room;
+
+static long padded(long count) { return count + COLUMNS + ROWS; }
+
+static long room_of(long count) { return padded(count) * (9 * HEAD + 2 * ROWS + 2); }
+
+static Room divide(float *room, long count) {
+    long size = padded(count), table = size * HEAD;
+    float *rest = room + 9 * table;
+    return (Room){room, room + table, room + 2 * table, room + 3 * table, room + 4 * table, room + 5 * table,
+                  room + 6 * table, room + 7 * table, room + 8 * table, rest, rest + ROWS * size,
+                  (int *)(rest + 2 * ROWS * size), (uint8_t *)(rest + (2 * ROWS + 1) * size)};
+}
+
+static void take(float *to, const void *from, int half, long at, long stride, long count, float scale) {
+    for (long i = 0; i < count; i++)
+        for (int d = 0; d < HEAD; d += LANES) *(floats *)(to + i * HEAD + d) = scale * load(from, half, at + i * stride + d);
+    memset(to + count * HEAD, 0, (padded(count) - count) * HEAD * sizeof(float));
+}
+
+static void turn(float *to, const float *from, long count) {
+    long size = padded(count);
+    for (int d = 0; d < HEAD; d++)
+        for (long i = 0; i < size; i++) to[d * size + i] = from[i * HEAD + d];
+}
+
+// rows · columns, for ROWS rows and the columns from `at` on
+static inline void products(float *to, const float *rows, const float *across, long size, long at) {
+    floats left[ROWS], right[ROWS];
+    for (int r = 0; r < ROWS; r++) left[r] = right[r] = all(0);
+    for (int d = 0; d < HEAD; d++) {
+        floats x = *(const floats *)(across + d * size + at), y = *(const floats *)(across + d * size + at + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            left[r] += rows[r * HEAD + d] * x;
+            right[r] += rows[r * HEAD + d] * y;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+        *(floats *)(to + r * size + at) = left[r];
+        *(floats *)(to + r * size + at + LANES) = right[r];
+    }
+}
+
+static long blocks_of(long count, long size) { return (count + size - 1) / size; }
+
+static long of_picture(const Attention *a, long picture, long size) { return a->blocked_stride ? picture * size : 0; }
+
+// what the caller has to give: floats for each thread, bytes for `hidden` and for `blocks`
+void attention_rooms(const Attention *a, long *sizes) {
+    const long pictures = a->blocked_stride ? a->batch : 1;
+    sizes[0] = room_of(a->count);
+    sizes[1] = pictures * a->extra * padded(a->count);
+    sizes[2] = pictures * blocks_of(a->extra, ROWS) * blocks_of(a->count, COLUMNS);
+}
+
+// fills `hidden` and `blocks`
+static void survey(const Attention *a) {
+    const long size = padded(a->count), wide = blocks_of(a->count, COLUMNS), high = blocks_of(a->extra, ROWS);
+    for (long picture = 0; picture < (a->blocked_stride ? a->batch : 1); picture++) {
+        const uint8_t *blocked = a->blocked + picture * a->blocked_stride;
+        uint8_t *hidden = a->hidden + picture * a->extra * size, *blocks = a->blocks + picture * high * wide;
+        memset(hidden, 1, a->extra * size);
+        for (long i = 0; i < a->extra; i++) memcpy(hidden + i * size, blocked + i * a->count, a->count);
+        for (long b = 0; b < high * wide; b++) {
+            const long first = b / wide * ROWS, stop = first + ROWS < a->extra ? first + ROWS : a->extra;
+            int found = 0;
+            for (long i = first; i < stop; i++)
+                for (long j = 0; j < COLUMNS; j++) found += hidden[i * size + b % wide * COLUMNS + j];
+            blocks[b] = found == 0 ? ALL : found < (stop - first) * COLUMNS ? SOME : NONE;
+        }
+    }
+}
+
+// the blocks of keys that the ROWS queries from `first` on see: extra ones what they may, others those that are none
+static int look(const Attention *a, long picture, long first, const Room *room) {
+    const long wide = blocks_of(a->count, COLUMNS), high = blocks_of(a->extra, ROWS);
+    int found = 0;
+    if (first >= a->extra) {
+        for (long at = a->extra; at < a->count; at += COLUMNS) {
+            room->columns[found] = at;
+            room->partly[found++] = at + COLUMNS > a->count;
+        }
+        return found;
+    }
+    const uint8_t *blocks = a->blocks + of_picture(a, picture, high * wide) + first / ROWS * wide;
+    for (long b = 0; b < wide; b++) {
+        if (blocks[b] == NONE) continue;
+        room->columns[found] = b * COLUMNS;
+        room->partly[found++] = blocks[b] == SOME;
+    }
+    return found;
+}
+
+// scores of query `i` from key `at` on, without those that it must not see
+static inline floats seen(const Attention *a, const uint8_t *hidden, long i, long at, floats scores) {
+    ints none;
+    if (i < a->extra) {
+        none = __builtin_convertvector(*(const bytes *)(hidden + i * padded(a->count) + at), ints) != 0;
+    } else {
+        for (int lane = 0; lane < LANES; lane++) none[lane] = -(at + lane >= a->count);
+    }
+    return choose(none, all(-INFINITY), scores);
+}
+
+// the next ROWS queries, or as many as there are of their kind
+static int rows_from(const Attention *a, long first) {
+    long end = first < a->extra ? a->extra : a->count;
+    return end - first < ROWS ? end - first : ROWS;
+}
+
+static void forward_task(const Attention *a, int task, const Room *room, void *out, float *levels) {
+    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
+    const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
+    const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
+    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count, 1.44269504f / sqrtf(HEAD));  // log2(e): powers of two
+    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count, 1);
+    take(room->values, a->values, a->half, of_values, width, a->count, 1);
+    turn(room->keys_across, room->keys, a->count);
+    for (long first = 0, rows; first < a->count; first += rows) {
+        rows = rows_from(a, first);
+        int found = look(a, picture, first, room);
+        float weight[ROWS];
+        for (int b = 0; b < found; b++)
+            products(room->scores, room->queries + first * HEAD, room->keys_across, size, room->columns[b]);
+        for (int r = 0; r < rows; r++) {
+            float *scores = room->scores + r * size;
+            floats left = all(-3e38f), right = left, total = all(0);
+            for (int b = 0; b < found; b++) {
+                const long at = room->columns[b];
+                floats *one = (floats *)(scores + at), *other = one + 1;
+                if (room->partly[b]) {
+                    *one = seen(a, hidden, first + r, at, *one);
+                    *other = seen(a, hidden, first + r, at + LANES, *other);
+                }
+                left = larger(*one, left);
+                right = larger(*other, right);
+            }
+            float top = largest(larger(left, right));
+            for (int b = 0; b < found; b++)
+                for (int c = 0; c < COLUMNS; c += LANES) {
+                    floats *score = (floats *)(scores + room->columns[b] + c);
+                    total += *score = power_of_two(*score - top);
+                }
+            float whole = sum(total);
+            weight[r] = whole == 0 ? 0 : 1 / whole;  // one that sees nothing answers nothing
+            levels[task * (long)a->count + first + r] = whole == 0 ? INFINITY : top + log2f(whole);
+        }
+        for (int d = 0; d < HEAD; d += LANES) {
+            floats answer[ROWS];
+            for (int r = 0; r < ROWS; r++) answer[r] = all(0);
+            for (int b = 0; b < found; b++)
+                for (long j = room->columns[b]; j < room->columns[b] + COLUMNS; j++) {
+                    floats value = *(const floats *)(room->values + j * HEAD + d);
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; r++) answer[r] += room->scores[r * size + j] * value;
+                }
+            for (int r = 0; r < rows; r++) store(out, a->half, of_values + (first + r) * width + d, answer[r] * weight[r]);
+        }
+    }
+}
+
+static void backward_task(const Attention *a, int task, const Room *room, const void *out, const void *to_out,
+                          const float *levels, void *to_joint, void *to_values) {
+    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
+    const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
+    const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
+    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count, 1.44269504f / sqrtf(HEAD));
+    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count, 1);
+    take(room->values, a->values, a->half, of_values, width, a->count, 1);
+    take(room->answers, out, a->half, of_values, width, a->count, 1);
+    take(room->to_answers, to_out, a->half, of_values, width, a->count, 1);
+    turn(room->keys_across, room->keys, a->count);
+    turn(room->values_across, room->values, a->count);
+    memset(room->to_keys, 0, size * HEAD * sizeof(float));
+    memset(room->to_values, 0, size * HEAD * sizeof(float));
+    for (long first = 0, rows; first < a->count; first += rows) {
+        rows = rows_from(a, first);
+        int found = look(a, picture, first, room);
+        const float *queries = room->queries + first * HEAD, *to_answers = room->to_answers + first * HEAD;
+        for (int b = 0; b < found; b++) {
+            products(room->scores, queries, room->keys_across, size, room->columns[b]);
+            products(room->slopes, to_answers, room->values_across, size, room->columns[b]);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float *scores = room->scores + r * size, *slopes = room->slopes + r * size;
+            float level = INFINITY;  // no weights where no query is
+            floats product = all(0);
+            if (r < rows) {
+                level = levels[task * (long)a->count + first + r];
+                for (int d = 0; d < HEAD; d += LANES)
+                    product += *(const floats *)(to_answers + r * HEAD + d) *
+                               *(const floats *)(room->answers + (first + r) * HEAD + d);
+            }
+            float mean = sum(product);
+            for (int b = 0; b < found; b++)
+                for (int c = 0; c < COLUMNS; c += LANES) {
+                    const long at = room->columns[b] + c;
+                    floats *score = (floats *)(scores + at), *slope = (floats *)(slopes + at);
+                    if (room->partly[b] && r < rows) *score = seen(a, hidden, first + r, at, *score);
+                    *score = power_of_two(*score - level);
+                    *slope = *score * (*slope - mean);
+                }
+        }
+        for (int d = 0; d < HEAD; d += LANES) {
+            floats query[ROWS], to_answer[ROWS], to_query[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                query[r] = *(const floats *)(queries + r * HEAD + d);
+                to_answer[r] = *(const floats *)(to_answers + r * HEAD + d);
+                to_query[r] = all(0);
+            }
+            for (int b = 0; b < found; b++)
+                for (long j = room->columns[b]; j < room->columns[b] + COLUMNS; j++) {
+                    floats key = *(const floats *)(room->keys + j * HEAD + d);
+                    floats *to_key = (floats *)(room->to_keys + j * HEAD + d), *to_value = (floats *)(room->to_values + j * HEAD + d);
+                    floats key_sum = *to_key, value_sum = *to_value;
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; r++) {
+                        float slope = room->slopes[r * size + j];
+                        to_query[r] += slope * key;
+                        key_sum += slope * query[r];
+                        value_sum += room->scores[r * size + j] * to_answer[r];
+                    }
+                    *to_key = key_sum;
+                    *to_value = value_sum;
+                }
+            for (int r = 0; r < rows; r++)
+                store(to_joint, a->half, of_joint + (first + r) * 2 * width + d, to_query[r] / sqrtf(HEAD));
+        }
+    }
+    for (long i = 0; i < a->count; i++)
+        for (int d = 0; d < HEAD; d += LANES) {
+            floats to_key = *(const floats *)(room->to_keys + i * HEAD + d) * 0.693147181f;  // queries held log2(e)
+            store(to_joint, a->half, of_joint + width + i * 2 * width + d, to_key);
+            store(to_values, a->half, of_values + i * width + d, *(const floats *)(room->to_values + i * HEAD + d));
+        }
+}
+
+// out [B, N, heads · HEAD]; levels [B, heads, N]: the logarithm, to base 2, of each query's sum of powers
+void attention_forward(const Attention *a, void *out, float *levels, float *room, int threads) {
+    survey(a);
+#pragma omp parallel num_threads(threads)
+    {
+        Room own = divide(room + omp_get_thread_num() * room_of(a->count), a->count);
+#pragma omp for schedule(static)
+        for (int task = 0; task < a->batch * a->heads; task++) forward_task(a, task, &own, out, levels);
+    }
+}
+
+// the gradients of joint and values, given that of out
+void attention_backward(const Attention *a, const void *out, const void *to_out, const float *levels, void *to_joint,
+                        void *to_values, float *room, int threads) {
+    survey(a);
+#pragma omp parallel num_threads(threads)
+    {
+        Room own = divide(room + omp_get_thread_num() * room_of(a->count), a->count);
+#pragma omp for schedule(static)
+        for (int task = 0; task < a->batch * a->heads; task++)
+            backward_task(a, task, &own, out, to_out, levels, to_joint, to_values);
+    }
+}

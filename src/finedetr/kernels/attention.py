@@ -1,0 +1,120 @@
+"""Attention of queries to one another on a CPU, for training."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from finedetr.kernels.library import address, library, takes
+
+__all__ = ["attention"]
+
+LANES = 16  # a head is so many channels wide, or a multiple of it
+
+
+def attention(
+    joint: Float[Tensor, "B N 2*D"],
+    values: Float[Tensor, "B N D"],
+    blocked: Bool[Tensor, "*B E N"] | None,
+    heads: int,
+) -> Float[Tensor, "B N D"] | None:
+    """Softmax(Q·Kᵀ / √width)·V of each head, in the type of the values; None where no kernel can answer.
+
+    Sums and weights are float32 whatever the type. Half the time of torch's in float32, forward and backward (LOG.md).
+
+    Args:
+        joint: Queries and keys side by side.
+        values: Of the keys.
+        blocked: For the first E tokens, True where the row must not see the column. The others see one another, and
+            none of the first E; None: E is 0.
+        heads: Among which the channels are shared.
+    """
+    width = values.shape[-1] // heads
+    if width % LANES or joint.dtype != values.dtype or not takes(joint, values):
+        return None
+    kernel = library("attention", HEAD=width)
+    if kernel is None:
+        return None
+    if blocked is None:
+        blocked = torch.zeros(0, values.shape[1], dtype=torch.bool)
+    batch, count, channels = values.shape
+    mine = blocked.shape in ((blocked.shape[-2], count), (batch, blocked.shape[-2], count))
+    if joint.shape != (batch, count, 2 * channels) or not mine or blocked.shape[-2] > count:
+        raise ValueError(  # a kernel reads what it is told is there
+            f"values {tuple(values.shape)} do not fit queries and keys {tuple(joint.shape)} and a block of what cannot "
+            f"be seen {tuple(blocked.shape)}"
+        )
+    out: Tensor = _Attention.apply(joint.contiguous(), values.contiguous(), blocked.contiguous(), heads, kernel)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Arguments(ctypes.Structure):
+    """`Attention` of attention.c."""
+
+    _fields_ = (
+        ("joint", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("half", ctypes.c_int),
+        ("blocked", ctypes.c_void_p),
+        ("blocked_stride", ctypes.c_long),
+        ("hidden", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("extra", ctypes.c_int),
+        ("batch", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("count", ctypes.c_int),
+    )
+
+
+class _Call:
+    """One call of the kernel, with the memory that it needs for as many threads as torch has."""
+
+    def __init__(self, joint: Tensor, values: Tensor, blocked: Tensor, heads: int, kernel: ctypes.CDLL) -> None:
+        batch, count, _ = values.shape
+        stride = blocked.stride(0) if blocked.dim() == 3 else 0
+        self.kernel, self.threads = kernel, torch.get_num_threads()
+        self.arguments = _Arguments(
+            address(joint),
+            address(values),
+            values.dtype == torch.bfloat16,
+            address(blocked),
+            stride,
+            None,
+            None,
+            blocked.shape[-2],
+            batch,
+            heads,
+            count,
+        )
+        sizes = (ctypes.c_long * 3)()
+        kernel.attention_rooms(ctypes.byref(self.arguments), sizes)
+        self.room = torch.empty(self.threads * sizes[0])
+        self.tables = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:]]
+        self.arguments.hidden, self.arguments.blocks = (address(table) for table in self.tables)
+
+    def __call__(self, name: str, *tensors: Tensor) -> None:
+        """Runs one of its functions."""
+        given = [address(tensor) for tensor in (*tensors, self.room)]
+        getattr(self.kernel, name)(ctypes.byref(self.arguments), *given, self.threads)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, joint: Tensor, values: Tensor, blocked: Tensor, heads: int, kernel: ctypes.CDLL) -> Tensor:
+        out, levels = torch.empty_like(values), torch.empty(values.shape[0], heads, values.shape[1])
+        _Call(joint, values, blocked, heads, kernel)("attention_forward", out, levels)
+        ctx.save_for_backward(joint, values, blocked, out, levels)
+        ctx.heads, ctx.kernel = heads, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        joint, values, blocked, out, levels = ctx.saved_tensors
+        to_joint, to_values = torch.empty_like(joint), torch.empty_like(values)
+        call = _Call(joint, values, blocked, ctx.heads, ctx.kernel)
+        call("attention_backward", out, grad.contiguous(), levels, to_joint, to_values)
+        return to_joint, to_values, None, None, None

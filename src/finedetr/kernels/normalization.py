@@ -1,0 +1,156 @@
+"""Batch normalization and what follows it on a CPU, for training."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from finedetr.kernels.library import address, library, takes
+
+__all__ = ["normalization"]
+
+ACTS = {None: 0, "relu": 1, "silu": 2}  # as normalization.c numbers them
+LANES = 16  # numbers of a row of the kernel, or a multiple of them
+
+
+def normalization(
+    x: Float[Tensor, "B D H W"],
+    norm: nn.BatchNorm2d,
+    act: str | None,
+    scale: Float[Tensor, 1] | None = None,
+    shift: Float[Tensor, 1] | None = None,
+) -> Float[Tensor, "B D H W"] | None:
+    """Scale · act(norm(x)) + shift, with the batch's statistics; None where no kernel can answer.
+
+    Updates the norm's own statistics as torch does. The answer has the type and the layout of the map.
+
+    Args:
+        x: A map whose channels are innermost in memory.
+        norm: In training.
+        act: "relu", "silu", or None.
+        scale: Of the affine block, together with `shift`; None: there is none.
+        shift: Its other number.
+    """
+    channels, numbers = x.shape[1], x.numel()
+    even = channels % LANES == 0 or (LANES % channels == 0 and numbers % LANES == 0)
+    known = (
+        type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum
+    )
+    if not (known and even and act in ACTS and numbers > channels and takes(x)):
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    kernel = library("normalization")
+    if kernel is None:
+        return None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    out: Tensor = _Normalization.apply(x, norm.weight, norm.bias, scale, shift, norm, ACTS[act], kernel)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Arguments(ctypes.Structure):
+    """`Normalization` of normalization.c."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("half", ctypes.c_int),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("act", ctypes.c_int),
+        ("affine", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("pixels", ctypes.c_long),
+    )
+
+
+class _Call:
+    """One call of the kernel, with the memory that it needs for as many threads as torch has."""
+
+    def __init__(self, ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        channels = x.shape[1]
+        scale, shift = ctx.affine or (1.0, 0.0)
+        self.kernel, self.threads = ctx.kernel, torch.get_num_threads()
+        self.arguments = _Arguments(
+            _place(x),
+            x.dtype == torch.bfloat16,
+            address(weight),
+            address(bias),
+            scale,
+            shift,
+            ctx.epsilon,
+            ctx.act,
+            ctx.affine is not None,
+            channels,
+            x.numel() // channels,
+        )
+        self.kernel.normalization_room.restype = ctypes.c_long
+        size = self.threads * self.kernel.normalization_room(ctypes.byref(self.arguments))
+        self.room = torch.empty(size, dtype=torch.float64)
+
+    def __call__(self, name: str, *given: Any) -> None:
+        """Runs one of its functions."""
+        getattr(self.kernel, name)(ctypes.byref(self.arguments), *given, address(self.room), self.threads)
+
+
+def _place(x: Tensor) -> ctypes.c_void_p:
+    return address(x.permute(0, 2, 3, 1))
+
+
+class _Normalization(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        norm: nn.BatchNorm2d,
+        act: int,
+        kernel: ctypes.CDLL,
+    ) -> Tensor:
+        ctx.affine = None if scale is None or shift is None else (float(scale), float(shift))
+        ctx.kernel, ctx.act, ctx.epsilon = kernel, act, norm.eps
+        out, mean, inverse = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.momentum is not None
+        _Call(ctx, x, weight, bias)(
+            "normalization_forward",
+            _place(out),
+            address(mean),
+            address(inverse),
+            address(norm.running_mean),
+            address(norm.running_var),
+            ctypes.c_float(norm.momentum),
+        )
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        to_x, to_weight, to_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        to_affine = torch.empty(2)
+        call = _Call(ctx, x, weight, bias)
+        call(
+            "normalization_backward",
+            _place(grad),
+            address(mean),
+            address(inverse),
+            _place(to_x),
+            address(to_weight),
+            address(to_bias),
+            address(to_affine),
+        )
+        to_scale, to_shift = (None, None) if ctx.affine is None else (to_affine[:1], to_affine[1:])
+        return to_x, to_weight, to_bias, to_scale, to_shift, None, None, None
