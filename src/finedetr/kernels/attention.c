@@ -3,13 +3,32 @@
 // One task is one head of one picture. Its queries, keys and values are written in float32, row after row and, where
 // products run over columns, the other way round. Then ROWS queries at a time meet COLUMNS keys at a time; blocks of
 // keys that none of these queries may see are left out. HEAD, the width of a head, is given to the compiler.
+//
+// Products of two bfloat16 numbers are exact in float32, and processors that know bfloat16 add up two of them in the
+// time of one. There, two channels of a query or key are one entry of the tables that such products are made of.
 
 #include <omp.h>
 
 #include "vectors.h"
 
 #define COLUMNS (2 * LANES)
-#define PARTS (HEAD / LANES)  // vectors that one row of a head fills
+#define SHARPNESS (1.44269504f / sqrtf(HEAD))  // of scores, for powers of two
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+// sum + x · y, of numbers or of pairs
+static inline floats add_product(floats sum, floats x, float y, const int pairs) {
+#ifdef __AVX512BF16__
+    if (pairs) return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512)x, (__m512bh)_mm512_set1_ps(y));
+#endif
+    (void)pairs;
+    return sum + x * y;
+}
 
 typedef struct {
     const void *joint, *values;  // queries and keys side by side [B, N, 2 · heads · HEAD], values [B, N, heads · HEAD]
@@ -24,7 +43,8 @@ typedef struct {
 enum { NONE, SOME, ALL };
 
 typedef struct {
-    float *queries, *keys, *values, *keys_across, *values_across, *answers, *to_answers, *to_keys, *to_values;
+    float *queries, *keys, *values, *answers, *to_answers, *to_keys, *to_values;
+    float *queries_down, *keys_across, *to_answers_down, *values_across;  // for products: rows, and columns
     float *scores, *slopes;  // of ROWS queries
     int *columns;            // where the blocks of keys begin that they see
     uint8_t *partly;         // those of which they see a part only
@@ -32,38 +52,63 @@ typedef struct {
 
 static long padded(long count) { return count + COLUMNS + ROWS; }
 
-static long room_of(long count) { return padded(count) * (9 * HEAD + 2 * ROWS + 2); }
+static long room_of(long count) { return padded(count) * (11 * HEAD + 2 * ROWS + 2); }
 
 static Room divide(float *room, long count) {
-    long size = padded(count), table = size * HEAD;
-    float *rest = room + 9 * table;
-    return (Room){room, room + table, room + 2 * table, room + 3 * table, room + 4 * table, room + 5 * table,
-                  room + 6 * table, room + 7 * table, room + 8 * table, rest, rest + ROWS * size,
-                  (int *)(rest + 2 * ROWS * size), (uint8_t *)(rest + (2 * ROWS + 1) * size)};
+    const long size = padded(count), table = size * HEAD;
+    float *rest = room + 11 * table;
+    return (Room){room,
+                  room + table,
+                  room + 2 * table,
+                  room + 3 * table,
+                  room + 4 * table,
+                  room + 5 * table,
+                  room + 6 * table,
+                  room + 7 * table,
+                  room + 8 * table,
+                  room + 9 * table,
+                  room + 10 * table,
+                  rest,
+                  rest + ROWS * size,
+                  (int *)(rest + 2 * ROWS * size),
+                  (uint8_t *)(rest + (2 * ROWS + 1) * size)};
 }
 
-static void take(float *to, const void *from, int half, long at, long stride, long count, float scale) {
+static int paired(const Attention *a) { return PAIRS && a->half; }
+
+static void take(float *to, const void *from, int half, long at, long stride, long count) {
     for (long i = 0; i < count; i++)
-        for (int d = 0; d < HEAD; d += LANES) *(floats *)(to + i * HEAD + d) = scale * load(from, half, at + i * stride + d);
+        for (int d = 0; d < HEAD; d += LANES) *(floats *)(to + i * HEAD + d) = load(from, half, at + i * stride + d);
     memset(to + count * HEAD, 0, (padded(count) - count) * HEAD * sizeof(float));
 }
 
-static void turn(float *to, const float *from, long count) {
-    long size = padded(count);
-    for (int d = 0; d < HEAD; d++)
-        for (long i = 0; i < size; i++) to[d * size + i] = from[i * HEAD + d];
+// rows for products, and the same the other way round: of single numbers, or of pairs of bfloat16 where they come so
+static void arrange(const Attention *a, float *down, float *across, const void *from, const float *taken, long at, long stride) {
+    const long size = padded(a->count), steps = paired(a) ? HEAD / 2 : HEAD;
+    if (paired(a)) {
+        for (long i = 0; i < a->count; i++)
+            memcpy(down + i * steps, (const uint16_t *)from + at + i * stride, steps * sizeof(float));
+        memset(down + a->count * steps, 0, (size - a->count) * steps * sizeof(float));
+    } else {
+        memcpy(down, taken, size * steps * sizeof(float));
+    }
+    if (!across) return;
+    for (int d = 0; d < steps; d++)
+        for (long i = 0; i < size; i++) ((uint32_t *)across)[d * size + i] = ((const uint32_t *)down)[i * steps + d];
 }
 
 // rows · columns, for ROWS rows and the columns from `at` on
-static inline void products(float *to, const float *rows, const float *across, long size, long at) {
+static inline void products(float *to, const float *down, const float *across, long size, long at, const int pairs) {
+    const int steps = pairs ? HEAD / 2 : HEAD;
     floats left[ROWS], right[ROWS];
     for (int r = 0; r < ROWS; r++) left[r] = right[r] = all(0);
-    for (int d = 0; d < HEAD; d++) {
-        floats x = *(const floats *)(across + d * size + at), y = *(const floats *)(across + d * size + at + LANES);
+    for (int d = 0; d < steps; d++) {
+        const floats x = *(const floats *)(across + d * size + at), y = *(const floats *)(across + d * size + at + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            left[r] += rows[r * HEAD + d] * x;
-            right[r] += rows[r * HEAD + d] * y;
+            const float row = down[r * steps + d];
+            left[r] = add_product(left[r], x, row, pairs);
+            right[r] = add_product(right[r], y, row, pairs);
         }
     }
 #pragma GCC unroll 8
@@ -71,6 +116,14 @@ static inline void products(float *to, const float *rows, const float *across, l
         *(floats *)(to + r * size + at) = left[r];
         *(floats *)(to + r * size + at + LANES) = right[r];
     }
+}
+
+static void meet(const Attention *a, const Room *room, float *to, const float *down, const float *across, long first, int found) {
+    const long size = padded(a->count);
+    if (paired(a))
+        for (int b = 0; b < found; b++) products(to, down + first * HEAD / 2, across, size, room->columns[b], PAIRS);
+    else
+        for (int b = 0; b < found; b++) products(to, down + first * HEAD, across, size, room->columns[b], 0);
 }
 
 static long blocks_of(long count, long size) { return (count + size - 1) / size; }
@@ -144,16 +197,16 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
     const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
     const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
     const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
-    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count, 1.44269504f / sqrtf(HEAD));  // log2(e): powers of two
-    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count, 1);
-    take(room->values, a->values, a->half, of_values, width, a->count, 1);
-    turn(room->keys_across, room->keys, a->count);
+    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
+    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
+    take(room->values, a->values, a->half, of_values, width, a->count);
+    arrange(a, room->queries_down, NULL, a->joint, room->queries, of_joint, 2 * width);
+    arrange(a, room->to_answers_down, room->keys_across, a->joint, room->keys, of_joint + width, 2 * width);
     for (long first = 0, rows; first < a->count; first += rows) {
         rows = rows_from(a, first);
         int found = look(a, picture, first, room);
         float weight[ROWS];
-        for (int b = 0; b < found; b++)
-            products(room->scores, room->queries + first * HEAD, room->keys_across, size, room->columns[b]);
+        meet(a, room, room->scores, room->queries_down, room->keys_across, first, found);
         for (int r = 0; r < rows; r++) {
             float *scores = room->scores + r * size;
             floats left = all(-3e38f), right = left, total = all(0);
@@ -167,11 +220,11 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
                 left = larger(*one, left);
                 right = larger(*other, right);
             }
-            float top = largest(larger(left, right));
+            const float top = largest(larger(left, right)) * SHARPNESS;
             for (int b = 0; b < found; b++)
                 for (int c = 0; c < COLUMNS; c += LANES) {
                     floats *score = (floats *)(scores + room->columns[b] + c);
-                    total += *score = power_of_two(*score - top);
+                    total += *score = power_of_two(*score * SHARPNESS - top);
                 }
             float whole = sum(total);
             weight[r] = whole == 0 ? 0 : 1 / whole;  // one that sees nothing answers nothing
@@ -196,23 +249,23 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
     const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
     const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
     const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
-    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count, 1.44269504f / sqrtf(HEAD));
-    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count, 1);
-    take(room->values, a->values, a->half, of_values, width, a->count, 1);
-    take(room->answers, out, a->half, of_values, width, a->count, 1);
-    take(room->to_answers, to_out, a->half, of_values, width, a->count, 1);
-    turn(room->keys_across, room->keys, a->count);
-    turn(room->values_across, room->values, a->count);
+    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
+    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
+    take(room->values, a->values, a->half, of_values, width, a->count);
+    take(room->answers, out, a->half, of_values, width, a->count);
+    take(room->to_answers, to_out, a->half, of_values, width, a->count);
+    arrange(a, room->to_answers_down, room->keys_across, a->joint, room->keys, of_joint + width, 2 * width);
+    arrange(a, room->to_answers_down, room->values_across, a->values, room->values, of_values, width);
+    arrange(a, room->queries_down, NULL, a->joint, room->queries, of_joint, 2 * width);
+    arrange(a, room->to_answers_down, NULL, to_out, room->to_answers, of_values, width);
     memset(room->to_keys, 0, size * HEAD * sizeof(float));
     memset(room->to_values, 0, size * HEAD * sizeof(float));
     for (long first = 0, rows; first < a->count; first += rows) {
         rows = rows_from(a, first);
         int found = look(a, picture, first, room);
         const float *queries = room->queries + first * HEAD, *to_answers = room->to_answers + first * HEAD;
-        for (int b = 0; b < found; b++) {
-            products(room->scores, queries, room->keys_across, size, room->columns[b]);
-            products(room->slopes, to_answers, room->values_across, size, room->columns[b]);
-        }
+        meet(a, room, room->scores, room->queries_down, room->keys_across, first, found);
+        meet(a, room, room->slopes, room->to_answers_down, room->values_across, first, found);
         for (int r = 0; r < ROWS; r++) {
             float *scores = room->scores + r * size, *slopes = room->slopes + r * size;
             float level = INFINITY;  // no weights where no query is
@@ -229,7 +282,7 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
                     const long at = room->columns[b] + c;
                     floats *score = (floats *)(scores + at), *slope = (floats *)(slopes + at);
                     if (room->partly[b] && r < rows) *score = seen(a, hidden, first + r, at, *score);
-                    *score = power_of_two(*score - level);
+                    *score = power_of_two(*score * SHARPNESS - level);
                     *slope = *score * (*slope - mean);
                 }
         }
@@ -261,8 +314,8 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
     }
     for (long i = 0; i < a->count; i++)
         for (int d = 0; d < HEAD; d += LANES) {
-            floats to_key = *(const floats *)(room->to_keys + i * HEAD + d) * 0.693147181f;  // queries held log2(e)
-            store(to_joint, a->half, of_joint + width + i * 2 * width + d, to_key);
+            store(to_joint, a->half, of_joint + width + i * 2 * width + d,
+                  *(const floats *)(room->to_keys + i * HEAD + d) / sqrtf(HEAD));
             store(to_values, a->half, of_values + i * width + d, *(const floats *)(room->to_values + i * HEAD + d));
         }
 }
