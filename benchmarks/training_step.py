@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tests.model.oracle import transformers_detector
 
-from finedetr.kernels.process import prepare_cpu
+from finedetr.kernels.process import prepare_cpu, settled
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
 from finedetr.records import Targets
@@ -124,14 +124,15 @@ def main() -> None:
         contenders["finedetr fp32 compiled"] = ours(args, images, targets, "fp32", True)
         contenders["finedetr bf16 compiled"] = ours(args, images, targets, "bf16", True)
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(args.rounds + 4):
-        for name, one in contenders.items():
-            start = time.perf_counter()
-            one()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            if index >= 4:
-                times[name].append(time.perf_counter() - start)
+    with settled():  # likewise
+        for index in range(args.rounds + 4):
+            for name, one in contenders.items():
+                start = time.perf_counter()
+                one()
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
+                if index >= 4:
+                    times[name].append(time.perf_counter() - start)
     rows = {name: {"median_s": statistics.median(t), "min_s": min(t)} for name, t in times.items()}
     base = rows["transformers fp32"]
     for name, row in rows.items():

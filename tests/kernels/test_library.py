@@ -18,7 +18,7 @@ from finedetr.kernels import library as room
 from finedetr.kernels.attention import attention
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
-from tests.kernels import test_attention, test_deformable, test_normalization
+from tests.kernels import test_attention, test_deformable, test_depthwise, test_normalization
 
 
 @pytest.fixture
@@ -107,7 +107,8 @@ def test_processors_with_shorter_vectors_get_the_same(fresh: Path, monkeypatch: 
         test_deformable.test_the_sum_is_that_of_plain_torch(dtype, (3, 6, 3, 5), 32, 4)
         test_normalization.test_all_of_it_is_that_of_plain_torch(dtype, 48, "relu", -0.7)
         test_normalization.test_all_of_it_is_that_of_plain_torch(dtype, 8, "silu", None)
-    assert len(files(fresh)) == 3
+    test_depthwise.test_it_is_that_of_plain_torch(48, 5, 2, 1)
+    assert len(files(fresh)) == 4
 
 
 @pytest.mark.parametrize("norms", [False, True])

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finedetr.errors import ConfigError
+from finedetr.kernels.depthwise import depthwise
 from finedetr.kernels.normalization import normalization
 
 __all__ = [
@@ -210,12 +211,15 @@ class ConvNorm(nn.Module):
         return x if self.affine is None else self.affine(x)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        slow = self.conv.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        conv = self.conv
+        slow = conv.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if not slow:
-            out: Tensor = self.conv(x)
+            out: Tensor = conv(x)
             return out
-        with torch.autocast("cpu", enabled=False):  # depthwise in bfloat16 has a slow backward pass on the CPU
-            conv = self.conv
+        fast = depthwise(x, conv) if torch.is_grad_enabled() else None
+        if fast is not None:
+            return fast
+        with torch.autocast("cpu", enabled=False):  # torch's, in bfloat16, has a slow backward pass on the CPU
             out = F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
             return out.to(torch.get_autocast_dtype("cpu"))
 

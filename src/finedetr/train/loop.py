@@ -17,6 +17,7 @@ from finedetr.errors import UsageError
 from finedetr.evaluate.evaluation import Evaluation
 from finedetr.evaluate.inference import Inference
 from finedetr.evaluate.predictor import evaluate_detector
+from finedetr.kernels.process import settled
 from finedetr.records import Batch
 from finedetr.train.budget import Budget
 from finedetr.train.build import Start, build_student
@@ -210,7 +211,7 @@ class Run:
         interruption = Interruption()
         self._status("running")
         try:
-            with interruption:
+            with interruption, settled():
                 self._call(self.callbacks.on_start)
                 while p.epoch < p.epochs and not self.out_of_time and not self._patience_is_over():
                     if p.step == 0 and p.restarts == 0 and self.data.val and self.plan.restarts_at(p.epoch):
