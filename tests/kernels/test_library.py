@@ -25,6 +25,7 @@ from tests.kernels import test_attention, test_deformable, test_depthwise, test_
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A process that has compiled nothing yet, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(room, "_given_up", set())
     caches = (room.library, room._compiler, room._own_folder)
     for cache in caches:
         cache.cache_clear()
@@ -50,8 +51,14 @@ def test_a_kernel_is_compiled_once_for_all_processes(fresh: Path) -> None:
     assert len(files(fresh)) == 2  # and nothing of what came between
 
 
+def test_a_machine_says_whether_it_has_them(fresh: Path) -> None:
+    assert room.state().startswith("compiled by")
+    assert files(fresh)
+
+
 def test_off_is_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEDETR_KERNELS", "off")
+    assert "FINEDETR_KERNELS" in room.state()
     assert room.library("attention", HEAD=16) is None
     assert attention(torch.randn(1, 4, 32), torch.randn(1, 4, 16), None, 1) is None
     assert not (fresh / "finedetr").exists()
@@ -63,6 +70,7 @@ def test_without_a_compiler_torch_answers_and_nothing_is_said(fresh: Path, monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert room.library("attention", HEAD=16) is None
+        assert "want of a C compiler" in room.state()
 
 
 def test_a_compiler_that_fails_is_named_once_with_what_it_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +83,8 @@ def test_a_compiler_that_fails_is_named_once_with_what_it_said(fresh: Path, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert room.library("attention", HEAD=16) is None
+        assert room.library("normalization") is None
+        assert "broken-cc could not compile" in room.state()
     assert files(fresh) == []
 
 

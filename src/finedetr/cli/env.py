@@ -42,6 +42,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     flags = parse(Env, spell(words), "finedetr env")
     import torch
 
+    from finedetr.kernels.library import state
+
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -53,17 +55,19 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
         "packages": {name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "gpus": gpus,
+        "kernels": state(),
         "variables": {v.name: os.environ.get(v.name) for v in VARIABLES},
     }
     if flags.json:
         return {"result": document, "warnings": []}
     for name in ("finedetr", "python", "system", "cores", "threads"):
-        output(f"{name:22} {document[name]}")
+        output(f"{name:32} {document[name]}")
     for name in PACKAGES:
-        output(f"{name:22} {_version(name) or 'not installed'}")
-    output(f"{'gpus':22} {', '.join(gpus) or 'none that torch can use'}")
+        output(f"{name:32} {_version(name) or 'not installed'}")
+    output(f"{'gpus':32} {', '.join(gpus) or 'none that torch can use'}")
+    output(f"{'kernels for the CPU':32} {document['kernels']}")
     for variable in VARIABLES:
-        output(f"{variable.name:22} {os.environ.get(variable.name, '(unset)'):14} {variable.meaning}")
+        output(f"{variable.name:32} {os.environ.get(variable.name, '(unset)'):14} {variable.meaning}")
     return None
 
 

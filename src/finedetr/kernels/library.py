@@ -22,11 +22,13 @@ from torch import Tensor
 
 from finedetr._env import read
 
-__all__ = ["address", "library", "takes"]
+__all__ = ["address", "library", "state", "takes"]
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 PATIENCE = 120  # seconds for a compiler that takes one
+
+_given_up: set[tuple[str, ...]] = set()  # compilers that could not compile one of them: said once, not for each
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -53,11 +55,12 @@ def library(name: str, **sizes: int) -> ctypes.CDLL | None:
     are kept in the user's cache. They call the OpenMP that torch has loaded, so that there is one pool of threads.
     """
     compiler = _compiler()
-    if compiler is None:
+    if compiler is None or compiler in _given_up:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler, name, sizes)))
     except (OSError, subprocess.SubprocessError) as error:
+        _given_up.add(compiler)
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"{name}.c could not be compiled by `{shlex.join(compiler)}`: training on this CPU takes longer than it "
@@ -66,6 +69,20 @@ def library(name: str, **sizes: int) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def state() -> str:
+    """In words, whether this machine has kernels; compiles one to see."""
+    if read("FINEDETR_KERNELS") == "off":
+        return "off, by FINEDETR_KERNELS"
+    if not sys.platform.startswith("linux"):
+        return "none, only Linux has them"
+    compiler = _compiler()
+    if compiler is None:
+        return "none for want of a C compiler (cc, gcc or clang): training on this CPU takes half as long again"
+    if library("normalization") is None:
+        return f"none, {shlex.join(compiler)} could not compile them"
+    return f"compiled by {shlex.join(compiler)}"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from finedetr.data.folder import open_beside
 from finedetr.data.formats import list_splits, open_dataset
 from finedetr.errors import ConfigError, DataError, UsageError
 from finedetr.evaluate.html import write_report
+from finedetr.kernels.library import state
 from finedetr.train.build import Start
 from finedetr.train.callbacks import Callbacks
 from finedetr.train.claim import begun, claimed, drop_earlier, replaces
@@ -327,6 +328,8 @@ def _introduce(reporter: Reporter, data: Data, report: Report, world: World, fol
     """The data, the classes and the device, so that a mistake is seen before it costs a night."""
     train, val = data.train, data.val
     reporter.line(f"finedetr {__version__}  {world.size} process(es) on {world.device}  run {folder.root}")
+    if world.device.type == "cpu":
+        reporter.line(f"kernels for the CPU: {state()}")
     reporter.line(f"data: {train.evidence}")
     held_out = f"{val.split}: {len(val)} pictures, {len(val.labels)} boxes" if val else "no split for evaluation"
     reporter.line(f"data: {train.split}: {len(train)} pictures, {len(train.labels)} boxes; {held_out}")
