@@ -51,6 +51,16 @@ def test_a_kernel_is_compiled_once_for_all_processes(fresh: Path) -> None:
     assert len(files(fresh)) == 2  # and nothing of what came between
 
 
+def test_a_kept_file_that_cannot_be_loaded_is_made_again(fresh: Path) -> None:
+    code = "from finedetr.kernels.library import library; assert library('normalization')"
+    for _ in range(2):  # each in a process of its own: one that has a library does not open it again
+        run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        (kept,) = files(fresh)
+        assert kept.stat().st_size > 1000
+        kept.write_bytes(b"of another system")
+
+
 def test_a_machine_says_whether_it_has_them(fresh: Path) -> None:
     assert room.state().startswith("compiled by")
     assert files(fresh)

@@ -58,7 +58,10 @@ def library(name: str, **sizes: int) -> ctypes.CDLL | None:
     if compiler is None or compiler in _given_up:
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, name, sizes)))
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, name, sizes)))
+        except OSError:  # kept by another system that shares this home
+            return ctypes.CDLL(str(_compiled(compiler, name, sizes, again=True)))
     except (OSError, subprocess.SubprocessError) as error:
         _given_up.add(compiler)
         said = getattr(error, "stderr", None) or str(error)
@@ -90,14 +93,14 @@ def _compiler() -> tuple[str, ...] | None:
     """The C compiler of this machine, as words of a command."""
     if read("FINEDETR_KERNELS") == "off" or not sys.platform.startswith("linux"):
         return None
-    for words in filter(None, (shlex.split(read("CC")), ["cc"], ["gcc"], ["clang"])):
-        if shutil.which(words[0]):
+    for words in (read("CC").split(), ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
             return tuple(words)
     return None
 
 
-def _compiled(compiler: tuple[str, ...], name: str, sizes: dict[str, int]) -> Path:
-    """The shared library, taken from the cache or made."""
+def _compiled(compiler: tuple[str, ...], name: str, sizes: dict[str, int], *, again: bool = False) -> Path:
+    """The shared library, taken from the cache or, where it is not there or `again`, made."""
     defines = tuple(f"-D{size}={value}" for size, value in sorted(sizes.items()))
     words = (*compiler, *FLAGS, *defines)
     sources = b"".join((HERE / part).read_bytes() for part in (f"{name}.c", "vectors.h"))
@@ -105,7 +108,7 @@ def _compiled(compiler: tuple[str, ...], name: str, sizes: dict[str, int]) -> Pa
     file = f"{name}-{key.hexdigest()[:16]}.so"
     for folder in _caches():
         target = folder / file
-        if target.is_file():
+        if target.is_file() and not again:
             return target
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
