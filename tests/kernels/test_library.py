@@ -157,3 +157,20 @@ def test_a_whole_detector_trains_alike_with_and_without(norms: bool, monkeypatch
     for name, mine in results[0].items():
         size = float(results[1][name].abs().max())
         torch.testing.assert_close(mine, results[1][name], atol=2e-4 * max(size, 1e-2), rtol=0, msg=name)
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        test_attention.test_attention_is_that_of_plain_torch(torch.bfloat16, 16, 75, 33)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_detector_that_is_bfloat16_throughout_trains() -> None:
+    torch.manual_seed(0)
+    detector = Detector(variant("dfine-n"), 3).to(torch.bfloat16, memory_format=torch.channels_last).train()
+    answers = detector(torch.rand(2, 3, 64, 64).bfloat16()).matching
+    answers.logits.float().sum().backward()
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, library, takes
+from finedetr.kernels.library import address, floats, library, takes
 
 __all__ = ["deformable_sum"]
 
@@ -49,7 +50,7 @@ def deformable_sum(
     batch, count, _, total = offsets.shape
     references = references.float().expand(batch, count, -1)  # some have the same ones for all pictures
     _check_sizes(batch, count, total, logits, references, stretch, memory, (points, heads))
-    given = (offsets, logits, references, stretch, *(level.permute(0, 2, 3, 1) for level in memory))
+    given = (offsets, logits, references, stretch.float(), *(level.permute(0, 2, 3, 1) for level in memory))
     out: Tensor = _Sum.apply(points, heads, kernel, *(tensor.contiguous() for tensor in given))  # type: ignore[no-untyped-call]
     return out
 
@@ -160,16 +161,17 @@ class _Sum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, heads, kernel, threads = ctx.saved_tensors, ctx.heads, ctx.kernel, torch.get_num_threads()
         offsets, logits, references, _, *levels = given
         arguments = _arguments(given, ctx.points, heads)
         kernel.deformable_room.restype = ctypes.c_long
-        room = torch.empty(threads * kernel.deformable_room(ctypes.byref(arguments)))
+        room = floats(threads * kernel.deformable_room(ctypes.byref(arguments)))
         to_offsets, to_logits = torch.empty_like(offsets), torch.empty_like(logits)
         to_levels = tuple(torch.empty_like(level) for level in levels)
         batch, count, size = references.shape
-        to_references = torch.empty(batch, count, heads, size) if ctx.needs_input_grad[5] else None
+        to_references = floats(batch, count, heads, size) if ctx.needs_input_grad[5] else None
         grad = grad.contiguous()
         gradients = _Gradients(
             address(grad),

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, library, takes
+from finedetr.kernels.library import address, floats, library, takes
 
 __all__ = ["depthwise"]
 
@@ -77,7 +78,7 @@ class _Call:
         self.kernel, self.threads = kernel, torch.get_num_threads()
         self.arguments = _Arguments(_place(x), address(table), *sizes)
         kernel.depthwise_room.restype = ctypes.c_long
-        self.room = torch.empty(self.threads * kernel.depthwise_room(ctypes.byref(self.arguments)))
+        self.room = floats(self.threads * kernel.depthwise_room(ctypes.byref(self.arguments)))
 
     def __call__(self, name: str, *given: ctypes.c_void_p) -> None:
         """Runs one of its functions."""
@@ -90,7 +91,9 @@ class _Depthwise(torch.autograd.Function):
         batch, channels, height, width = x.shape
         side = weight.shape[-1]
         out_sizes = [(size + 2 * padding - side) // stride + 1 for size in (height, width)]
-        out = torch.empty(batch, channels, *out_sizes, dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(
+            batch, channels, *out_sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
         table = weight.detach().permute(2, 3, 1, 0).contiguous()
         ctx.sizes, ctx.kernel = (batch, channels, height, width, *out_sizes, stride, padding), kernel
         _Call(kernel, x, table, ctx.sizes)("depthwise_forward", _place(out))
@@ -98,10 +101,11 @@ class _Depthwise(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, table = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        to_x, to_weights = torch.empty_like(x), torch.empty(x.shape[0], *table.shape)
+        to_x, to_weights = torch.empty_like(x), floats(x.shape[0], *table.shape)
         call = _Call(ctx.kernel, x, table, ctx.sizes)
         call("depthwise_backward", _place(grad), _place(to_x), address(to_weights))
         return to_x, to_weights.sum(dim=0).permute(3, 2, 0, 1).contiguous(), None, None, None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finedetr._env import read
 
-__all__ = ["address", "library", "state", "takes"]
+__all__ = ["address", "floats", "library", "state", "takes"]
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -45,6 +45,11 @@ def address(tensor: Tensor) -> ctypes.c_void_p:
     """Where the first number of a contiguous tensor is."""
     assert tensor.is_contiguous()
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def floats(*shape: int) -> Tensor:
+    """Room for float32 numbers in the memory of this machine, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 @functools.cache

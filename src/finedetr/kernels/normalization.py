@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, library, takes
+from finedetr.kernels.library import address, floats, library, takes
 
 __all__ = ["normalization"]
 
@@ -40,6 +41,8 @@ def normalization(
     known = (
         type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum
     )
+    own = [tensor for tensor in (norm.weight, norm.running_mean, scale) if tensor is not None]
+    known = known and all(tensor.dtype == torch.float32 for tensor in own)
     if not (known and even and act in ACTS and numbers > channels and takes(x)):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -93,7 +96,7 @@ class _Call:
         )
         self.kernel.normalization_room.restype = ctypes.c_long
         size = self.threads * self.kernel.normalization_room(ctypes.byref(self.arguments))
-        self.room = torch.empty(size, dtype=torch.float64)
+        self.room = torch.empty(size, dtype=torch.float64, device="cpu")
 
     def __call__(self, name: str, *given: Any) -> None:
         """Runs one of its functions."""
@@ -136,11 +139,12 @@ class _Normalization(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, inverse = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         to_x, to_weight, to_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        to_affine = torch.empty(2)
+        to_affine = floats(2)
         call = _Call(ctx, x, weight, bias)
         call(
             "normalization_backward",
