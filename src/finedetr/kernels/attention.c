@@ -31,7 +31,8 @@ static inline floats add_product(floats sum, floats x, float y, const int pairs)
 }
 
 typedef struct {
-    const void *joint, *values;  // queries and keys side by side [B, N, 2 · heads · HEAD], values [B, N, heads · HEAD]
+    const void *joint;           // queries and keys side by side [B, N, 2 · heads · HEAD]
+    const void *values;          // [B, N, heads · HEAD]
     int half;                    // whether they are bfloat16
     const uint8_t *blocked;      // for the first `extra` queries, what they must not see [*B, extra, N]
     long blocked_stride;         // from one picture's to the next's; 0 where all have one
@@ -83,7 +84,8 @@ static void take(float *to, const void *from, int half, long at, long stride, lo
 }
 
 // rows for products, and the same the other way round: of single numbers, or of pairs of bfloat16 where they come so
-static void arrange(const Attention *a, float *down, float *across, const void *from, const float *taken, long at, long stride) {
+static void arrange(const Attention *a, float *down, float *across, const void *from, const float *taken, long at,
+                    long stride) {
     const long size = padded(a->count), steps = paired(a) ? HEAD / 2 : HEAD;
     if (paired(a)) {
         for (long i = 0; i < a->count; i++)
@@ -103,7 +105,7 @@ static inline void products(float *to, const float *down, const float *across, l
     floats left[ROWS], right[ROWS];
     for (int r = 0; r < ROWS; r++) left[r] = right[r] = all(0);
     for (int d = 0; d < steps; d++) {
-        const floats x = *(const floats *)(across + d * size + at), y = *(const floats *)(across + d * size + at + LANES);
+        const floats x = get(across + d * size + at), y = get(across + d * size + at + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const float row = down[r * steps + d];
@@ -118,7 +120,8 @@ static inline void products(float *to, const float *down, const float *across, l
     }
 }
 
-static void meet(const Attention *a, const Room *room, float *to, const float *down, const float *across, long first, int found) {
+static void meet(const Attention *a, const Room *room, float *to, const float *down, const float *across, long first,
+                 int found) {
     const long size = padded(a->count);
     if (paired(a))
         for (int b = 0; b < found; b++) products(to, down + first * HEAD / 2, across, size, room->columns[b], PAIRS);
@@ -194,8 +197,9 @@ static int rows_from(const Attention *a, long first) {
 }
 
 static void forward_task(const Attention *a, int task, const Room *room, void *out, float *levels) {
-    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
-    const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
+    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads;
+    const long head = task % a->heads * HEAD, numbers = picture * a->count * width;
+    const long of_values = numbers + head, of_joint = 2 * numbers + head;
     const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
     take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
     take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
@@ -235,19 +239,21 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
             for (int r = 0; r < ROWS; r++) answer[r] = all(0);
             for (int b = 0; b < found; b++)
                 for (long j = room->columns[b]; j < room->columns[b] + COLUMNS; j++) {
-                    floats value = *(const floats *)(room->values + j * HEAD + d);
+                    floats value = get(room->values + j * HEAD + d);
 #pragma GCC unroll 8
                     for (int r = 0; r < ROWS; r++) answer[r] += room->scores[r * size + j] * value;
                 }
-            for (int r = 0; r < rows; r++) store(out, a->half, of_values + (first + r) * width + d, answer[r] * weight[r]);
+            for (int r = 0; r < rows; r++)
+                store(out, a->half, of_values + (first + r) * width + d, answer[r] * weight[r]);
         }
     }
 }
 
 static void backward_task(const Attention *a, int task, const Room *room, const void *out, const void *to_out,
                           const float *levels, void *to_joint, void *to_values) {
-    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads, head = task % a->heads;
-    const long of_values = picture * a->count * width + head * HEAD, of_joint = 2 * picture * a->count * width + head * HEAD;
+    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads;
+    const long head = task % a->heads * HEAD, numbers = picture * a->count * width;
+    const long of_values = numbers + head, of_joint = 2 * numbers + head;
     const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
     take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
     take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
@@ -273,8 +279,8 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
             if (r < rows) {
                 level = levels[task * (long)a->count + first + r];
                 for (int d = 0; d < HEAD; d += LANES)
-                    product += *(const floats *)(to_answers + r * HEAD + d) *
-                               *(const floats *)(room->answers + (first + r) * HEAD + d);
+                    product += get(to_answers + r * HEAD + d) *
+                               get(room->answers + (first + r) * HEAD + d);
             }
             float mean = sum(product);
             for (int b = 0; b < found; b++)
@@ -289,14 +295,15 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
         for (int d = 0; d < HEAD; d += LANES) {
             floats query[ROWS], to_answer[ROWS], to_query[ROWS];
             for (int r = 0; r < ROWS; r++) {
-                query[r] = *(const floats *)(queries + r * HEAD + d);
-                to_answer[r] = *(const floats *)(to_answers + r * HEAD + d);
+                query[r] = get(queries + r * HEAD + d);
+                to_answer[r] = get(to_answers + r * HEAD + d);
                 to_query[r] = all(0);
             }
             for (int b = 0; b < found; b++)
                 for (long j = room->columns[b]; j < room->columns[b] + COLUMNS; j++) {
-                    floats key = *(const floats *)(room->keys + j * HEAD + d);
-                    floats *to_key = (floats *)(room->to_keys + j * HEAD + d), *to_value = (floats *)(room->to_values + j * HEAD + d);
+                    floats key = get(room->keys + j * HEAD + d);
+                    floats *to_key = (floats *)(room->to_keys + j * HEAD + d);
+                    floats *to_value = (floats *)(room->to_values + j * HEAD + d);
                     floats key_sum = *to_key, value_sum = *to_value;
 #pragma GCC unroll 8
                     for (int r = 0; r < ROWS; r++) {
@@ -315,8 +322,8 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
     for (long i = 0; i < a->count; i++)
         for (int d = 0; d < HEAD; d += LANES) {
             store(to_joint, a->half, of_joint + width + i * 2 * width + d,
-                  *(const floats *)(room->to_keys + i * HEAD + d) / sqrtf(HEAD));
-            store(to_values, a->half, of_values + i * width + d, *(const floats *)(room->to_values + i * HEAD + d));
+                  get(room->to_keys + i * HEAD + d) / sqrtf(HEAD));
+            store(to_values, a->half, of_values + i * width + d, get(room->to_values + i * HEAD + d));
         }
 }
 

@@ -14,7 +14,7 @@
 typedef struct {
     const void *offsets, *logits;  // [B, N, 2 (x, y), heads · POINTS], [B, N, heads · POINTS]
     const float *references;       // [B, N, 4 (cx, cy, w, h)] or [B, N, 2 (x, y)]
-    const float *stretch;          // how far an offset of one goes [2 (x, y), heads · POINTS], on the map or in its box
+    const float *stretch;          // how far an offset of one goes [2 (x, y), heads · POINTS], on the map or in a box
     const void *levels[LEVELS];    // the pyramid, [B, H, W, heads · HEAD] each
     int half, half_levels;         // whether offsets and logits, and whether the pyramid, are bfloat16
     int heights[LEVELS], widths[LEVELS], points[LEVELS];
@@ -24,7 +24,7 @@ typedef struct {
 // what is known of the points of one head before they are: sizes of their levels, and how far an offset of one goes
 typedef struct { float width[PADDED], height[PADDED], stretch_x[PADDED], stretch_y[PADDED]; } Head;
 
-// of each point of a head, where it lies; corners are the upper left, the upper right, the lower left and the lower right
+// of each point of a head, where it lies; its corners: upper left, upper right, lower left, lower right
 typedef struct {
     float offset_x[PADDED], offset_y[PADDED], weight[PADDED];
     float x[PADDED], y[PADDED];            // from the upper left corner towards the others, 0..1
@@ -56,7 +56,7 @@ static inline void take(float *to, const void *from, int half, long at) {
 static inline void put(void *to, int half, long at, const float *numbers) {
     uint16_t halved[PADDED];
     if (half) {
-        for (int k = 0; k < PADDED; k += LANES) store(halved, 1, k, *(const floats *)(numbers + k));
+        for (int k = 0; k < PADDED; k += LANES) store(halved, 1, k, get(numbers + k));
         memcpy((uint16_t *)to + at, halved, POINTS * sizeof(uint16_t));
     } else {
         memcpy((float *)to + at, numbers, POINTS * sizeof(float));
@@ -75,21 +75,22 @@ static inline floats held(floats x, floats size) { return choose(x > -1, choose(
 static void find(const Sampling *s, const Head *constants, long row, int head, Places *p) {
     const long all_points = (long)s->heads * POINTS, first = head * POINTS;
     const float *reference = s->references + row * s->reference_width;
-    const float box_width = s->reference_width == 4 ? reference[2] : 1, box_height = s->reference_width == 4 ? reference[3] : 1;
+    const int boxes = s->reference_width == 4;
+    const float box_width = boxes ? reference[2] : 1, box_height = boxes ? reference[3] : 1;
     floats top = all(-3e38f), total = all(0);
     for (int k = POINTS; k < PADDED; k++) p->weight[k] = -INFINITY, p->offset_x[k] = p->offset_y[k] = 0;
     take(p->weight, s->logits, s->half, row * all_points + first);
     take(p->offset_x, s->offsets, s->half, 2 * row * all_points + first);
     take(p->offset_y, s->offsets, s->half, (2 * row + 1) * all_points + first);
-    for (int k = 0; k < PADDED; k += LANES) top = larger(*(floats *)(p->weight + k), top);
+    for (int k = 0; k < PADDED; k += LANES) top = larger(get(p->weight + k), top);
     const float most = largest(top);
     for (int k = 0; k < PADDED; k += LANES)
-        total += *(floats *)(p->weight + k) = power_of_two((*(floats *)(p->weight + k) - most) * 1.44269504f);
+        total += *(floats *)(p->weight + k) = power_of_two((get(p->weight + k) - most) * 1.44269504f);
     const float share = 1 / sum(total);
     for (int k = 0; k < PADDED; k += LANES) {
-        const floats width = *(const floats *)(constants->width + k), height = *(const floats *)(constants->height + k);
-        const floats right = *(floats *)(p->offset_x + k) * *(const floats *)(constants->stretch_x + k) * box_width;
-        const floats down = *(floats *)(p->offset_y + k) * *(const floats *)(constants->stretch_y + k) * box_height;
+        const floats width = get(constants->width + k), height = get(constants->height + k);
+        const floats right = get(p->offset_x + k) * get(constants->stretch_x + k) * box_width;
+        const floats down = get(p->offset_y + k) * get(constants->stretch_y + k) * box_height;
         const floats wanted_x = (right + reference[0]) * width - .5f, wanted_y = (down + reference[1]) * height - .5f;
         const floats held_x = held(wanted_x, width), held_y = held(wanted_y, height);
         const floats left = whole_below(held_x), upper = whole_below(held_y), cell = upper * width + left;
@@ -98,7 +99,7 @@ static void find(const Sampling *s, const Head *constants, long row, int head, P
         const floats y = choose(wanted_y == wanted_y, held_y - upper, wanted_y);
         const floats has[4] = {one_where((left >= 0) & (left < width)), one_where(left + 1 < width),
                                one_where((upper >= 0) & (upper < height)), one_where(upper + 1 < height)};
-        const floats weight = *(floats *)(p->weight + k) * share, below = weight * y, above = weight - below;
+        const floats weight = get(p->weight + k) * share, below = weight * y, above = weight - below;
         const floats parts[4] = {above - above * x, above * x, below - below * x, below * x};
         *(floats *)(p->weight + k) = weight;
         *(floats *)(p->x + k) = x;
@@ -150,33 +151,35 @@ typedef struct {
 } Gradients;
 
 // the gradients of a head's points for one query, given how much each corner agrees with the answer's gradient
-static void pull(const Sampling *s, const Head *constants, const Gradients *to, const Places *p, float seen[4][PADDED], long row,
-                 int head) {
+static void pull(const Sampling *s, const Head *constants, const Gradients *to, const Places *p,
+                 float seen[4][PADDED], long row, int head) {
     const long all_points = (long)s->heads * POINTS, first = head * POINTS;
     const float *reference = s->references + row * s->reference_width;
-    const float box_width = s->reference_width == 4 ? reference[2] : 1, box_height = s->reference_width == 4 ? reference[3] : 1;
+    const int boxes = s->reference_width == 4;
+    const float box_width = boxes ? reference[2] : 1, box_height = boxes ? reference[3] : 1;
     float logits[PADDED], offsets_x[PADDED], offsets_y[PADDED];
     floats mean = all(0), to_x = all(0), to_y = all(0), to_width = all(0), to_height = all(0);
     for (int k = 0; k < PADDED; k += LANES) {
-        const floats weight = *(const floats *)(p->weight + k), x = *(const floats *)(p->x + k), y = *(const floats *)(p->y + k);
-        const floats upper_left = *(floats *)(seen[0] + k), upper_over = *(floats *)(seen[1] + k) - upper_left;
-        const floats lower_left = *(floats *)(seen[2] + k), lower_over = *(floats *)(seen[3] + k) - lower_left;
+        const floats weight = get(p->weight + k), x = get(p->x + k), y = get(p->y + k);
+        const floats upper_left = get(seen[0] + k), upper_over = get(seen[1] + k) - upper_left;
+        const floats lower_left = get(seen[2] + k), lower_over = get(seen[3] + k) - lower_left;
         const floats upper = upper_left + x * upper_over, lower = lower_left + x * lower_over;
         const floats sample = upper + y * (lower - upper);
-        const floats right = (upper_over + y * (lower_over - upper_over)) * weight * *(const floats *)(p->free_x + k);
-        const floats down = (lower - upper) * weight * *(const floats *)(p->free_y + k);
-        const floats goes_x = *(const floats *)(constants->stretch_x + k), goes_y = *(const floats *)(constants->stretch_y + k);
+        const floats right = (upper_over + y * (lower_over - upper_over)) * weight * get(p->free_x + k);
+        const floats down = (lower - upper) * weight * get(p->free_y + k);
+        const floats goes_x = get(constants->stretch_x + k), goes_y = get(constants->stretch_y + k);
         mean += weight * sample;
         *(floats *)(logits + k) = sample;
         *(floats *)(offsets_x + k) = right * goes_x * box_width;
         *(floats *)(offsets_y + k) = down * goes_y * box_height;
         to_x += right;
         to_y += down;
-        to_width += right * goes_x * *(const floats *)(p->offset_x + k);
-        to_height += down * goes_y * *(const floats *)(p->offset_y + k);
+        to_width += right * goes_x * get(p->offset_x + k);
+        to_height += down * goes_y * get(p->offset_y + k);
     }
     const float whole = sum(mean);
-    for (int k = 0; k < PADDED; k += LANES) *(floats *)(logits + k) = *(const floats *)(p->weight + k) * (*(floats *)(logits + k) - whole);
+    for (int k = 0; k < PADDED; k += LANES)
+        *(floats *)(logits + k) = get(p->weight + k) * (get(logits + k) - whole);
     put(to->logits, s->half, row * all_points + first, logits);
     put(to->offsets, s->half, 2 * row * all_points + first, offsets_x);
     put(to->offsets, s->half, (2 * row + 1) * all_points + first, offsets_y);
@@ -195,9 +198,11 @@ static void backward_task(const Sampling *s, int task, const Gradients *to, floa
         find(s, &constants, row, head, &p);
         float seen[4][PADDED] = {0}, *sums = room;
         floats slope[HEAD / LANES];
-        for (int d = 0; d < HEAD / LANES; d++) slope[d] = load(to->out, to->half_out, row * width + head * HEAD + d * LANES);
+        for (int d = 0; d < HEAD / LANES; d++)
+            slope[d] = load(to->out, to->half_out, row * width + head * HEAD + d * LANES);
         for (int level = 0, k = 0; level < s->level_count; level++) {
-            const long cells = (long)s->heights[level] * s->widths[level], start = picture * cells * width + head * HEAD;
+            const long cells = (long)s->heights[level] * s->widths[level];
+            const long start = picture * cells * width + head * HEAD;
             for (const int end = k + s->points[level]; k < end; k++)
                 for (int corner = 0; corner < 4; corner++) {
                     const long cell = p.cell[corner][k];
@@ -216,7 +221,8 @@ static void backward_task(const Sampling *s, int task, const Gradients *to, floa
         const long cells = (long)s->heights[level] * s->widths[level];
         for (long cell = 0; cell < cells; cell++, room += HEAD)
             for (int d = 0; d < HEAD; d += LANES)
-                store(to->levels[level], s->half_levels, (picture * cells + cell) * width + head * HEAD + d, *(floats *)(room + d));
+                store(to->levels[level], s->half_levels, (picture * cells + cell) * width + head * HEAD + d,
+                      get(room + d));
     }
 }
 

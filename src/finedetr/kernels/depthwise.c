@@ -47,7 +47,7 @@ static void take(const Depthwise *d, int task, float *room) {
 
 static void weights_of(const Depthwise *d, int task, floats *weights) {
     for (int tap = 0; tap < TAPS; tap++)
-        weights[tap] = *(const floats *)(d->weights + (long)tap * d->channels + task % (d->channels / LANES) * LANES);
+        weights[tap] = get(d->weights + (long)tap * d->channels + task % (d->channels / LANES) * LANES);
 }
 
 static void forward_task(const Depthwise *d, int task, void *out, float *room) {
@@ -63,14 +63,15 @@ static void forward_task(const Depthwise *d, int task, void *out, float *room) {
             for (int i = 0; i < KERNEL; i++) sums[i] = all(0);
 #pragma GCC unroll 49
             for (int tap = 0; tap < TAPS; tap++)
-                sums[tap / KERNEL] += weights[tap] * *(const floats *)(corner + tap / KERNEL * line + tap % KERNEL * LANES);
+                sums[tap / KERNEL] += weights[tap] * get(corner + tap / KERNEL * line + tap % KERNEL * LANES);
             for (int i = 1; i < KERNEL; i++) sums[0] += sums[i];
             store(out, 1, to + x * d->channels, sums[0]);
         }
     }
 }
 
-static void backward_task(const Depthwise *d, int task, const void *to_out, void *to_x, float *to_weights, float *room) {
+static void backward_task(const Depthwise *d, int task, const void *to_out, void *to_x, float *to_weights,
+                          float *room) {
     const long line = padded_width(d) * LANES, step = d->stride * LANES, blocks = d->channels / LANES;
     float *pulled = room + padded_cells(d) * LANES;
     floats weights[TAPS], sums[TAPS];
@@ -87,13 +88,14 @@ static void backward_task(const Depthwise *d, int task, const void *to_out, void
             for (int tap = 0; tap < TAPS; tap++) {
                 const long at = corner + tap / KERNEL * line + tap % KERNEL * LANES;
                 *(floats *)(pulled + at) += weights[tap] * slope;
-                sums[tap] += *(const floats *)(room + at) * slope;
+                sums[tap] += get(room + at) * slope;
             }
         }
     }
     for (long y = 0; y < d->height; y++) {
         const long to = line_at(d, task, y, d->height, d->width);
-        for (long x = 0; x < d->width; x++) store(to_x, 1, to + x * d->channels, *(floats *)(pulled + inside(d, y) + x * LANES));
+        for (long x = 0; x < d->width; x++)
+            store(to_x, 1, to + x * d->channels, get(pulled + inside(d, y) + x * LANES));
     }
     for (int tap = 0; tap < TAPS; tap++)
         *(floats *)(to_weights + (task / blocks * TAPS + tap) * d->channels + task % blocks * LANES) = sums[tap];
@@ -107,7 +109,8 @@ void depthwise_forward(const Depthwise *d, void *out, float *room, int threads) 
 }
 
 // the gradients of x and, of each picture by itself, of the weights [B, KERNEL, KERNEL, channels]
-void depthwise_backward(const Depthwise *d, const void *to_out, void *to_x, float *to_weights, float *room, int threads) {
+void depthwise_backward(const Depthwise *d, const void *to_out, void *to_x, float *to_weights, float *room,
+                        int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int task = 0; task < d->batch * d->channels / LANES; task++)
         backward_task(d, task, to_out, to_x, to_weights, room + omp_get_thread_num() * depthwise_room(d));

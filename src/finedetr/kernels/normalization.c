@@ -3,7 +3,7 @@
 //   z = weight · (x - mean) / deviation + bias,   y = scale · act(z) + shift
 //
 // The map is read twice each way, once for the sums over all pixels and once for the answer; z is never kept. Channels
-// are innermost. Where they are fewer than a vector's lanes, one row here is several pixels (`wide` says how long it is).
+// are innermost. Where they are fewer than a vector's lanes, one row here is several pixels; `wide` is its length.
 
 #include <omp.h>
 
@@ -87,12 +87,12 @@ void normalization_forward(const Normalization *n, void *out, float *mean, float
             for (; r + UNROLL <= stop; r += UNROLL)
 #pragma GCC unroll 4
                 for (int k = 0; k < UNROLL; k++) {
-                    floats x = load(n->x, n->half, (r + k) * row + c) - *(floats *)(origin + c);
+                    floats x = load(n->x, n->half, (r + k) * row + c) - get(origin + c);
                     total[k] += x;
                     square[k] += x * x;
                 }
             for (; r < stop; r++) {
-                floats x = load(n->x, n->half, r * row + c) - *(floats *)(origin + c);
+                floats x = load(n->x, n->half, r * row + c) - get(origin + c);
                 total[0] += x;
                 square[0] += x * x;
             }
@@ -115,14 +115,14 @@ void normalization_forward(const Normalization *n, void *out, float *mean, float
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < rows; r++)
         for (long c = 0; c < row; c += LANES) {
-            floats z = load(n->x, n->half, r * row + c) * *(floats *)(factor + c) + *(floats *)(addend + c);
+            floats z = load(n->x, n->half, r * row + c) * get(factor + c) + get(addend + c);
             store(out, n->half, r * row + c, activated(n->act, z) * n->scale + n->shift);
         }
 }
 
 // gradients of all that y is made of; to_affine: of scale and shift
-void normalization_backward(const Normalization *n, const void *to_out, const float *mean, const float *inverse, void *to_x,
-                            float *to_weight, float *to_bias, float *to_affine, double *room, int threads) {
+void normalization_backward(const Normalization *n, const void *to_out, const float *mean, const float *inverse,
+                            void *to_x, float *to_weight, float *to_bias, float *to_affine, double *room, int threads) {
     const long row = wide(n), rows = rows_of(n), chunk = chunk_of(n), size = normalization_room(n);
     float origin[row], over[row], weight[row], bias[row], factor[row], mean_slope[row], mean_product[row];
     spread(n, origin, mean);
@@ -137,9 +137,9 @@ void normalization_backward(const Normalization *n, const void *to_out, const fl
         for (long c = 0; c < row; c += LANES) {
             floats slopes[2] = {0}, products[2] = {0}, answers[2] = {0}, given[2] = {0};
             for (long r = first; r < stop; r++) {
-                const floats x = (load(n->x, n->half, r * row + c) - *(floats *)(origin + c)) * *(floats *)(over + c);
+                const floats x = (load(n->x, n->half, r * row + c) - get(origin + c)) * get(over + c);
                 const floats g = load(to_out, n->half, r * row + c);
-                const floats z = x * *(floats *)(weight + c) + *(floats *)(bias + c), slope = g * slope_at(n->act, z);
+                const floats z = x * get(weight + c) + get(bias + c), slope = g * slope_at(n->act, z);
                 slopes[r % 2] += slope;
                 products[r % 2] += slope * x;
                 if (n->affine) {
@@ -170,10 +170,10 @@ void normalization_backward(const Normalization *n, const void *to_out, const fl
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < rows; r++)
         for (long c = 0; c < row; c += LANES) {
-            const floats x = (load(n->x, n->half, r * row + c) - *(floats *)(origin + c)) * *(floats *)(over + c);
-            const floats z = x * *(floats *)(weight + c) + *(floats *)(bias + c);
+            const floats x = (load(n->x, n->half, r * row + c) - get(origin + c)) * get(over + c);
+            const floats z = x * get(weight + c) + get(bias + c);
             const floats slope = load(to_out, n->half, r * row + c) * slope_at(n->act, z);
-            const floats pulled = slope - *(floats *)(mean_slope + c) - x * *(floats *)(mean_product + c);
-            store(to_x, n->half, r * row + c, pulled * *(floats *)(factor + c));
+            const floats pulled = slope - get(mean_slope + c) - x * get(mean_product + c);
+            store(to_x, n->half, r * row + c, pulled * get(factor + c));
         }
 }

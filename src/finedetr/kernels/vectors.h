@@ -21,6 +21,8 @@ typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias
 typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
+static inline floats get(const float *from) { return *(const floats *)from; }
+
 static inline floats all(float x) { return x - (floats){}; }
 
 // mask ? a : b, lane by lane, for the masks that comparisons give; of any kind of floats and the integers of their size
