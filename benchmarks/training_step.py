@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tests.model.oracle import transformers_detector
 
+from finedetr.kernels.library import state
 from finedetr.kernels.process import prepare_cpu, settled
 from finedetr.model.detector import Detector
 from finedetr.model.zoo import variant
@@ -149,6 +150,7 @@ def main() -> None:
         "command": f"python -m benchmarks.training_step --model {args.model} --size {args.size} --batch {args.batch}",
         "hardware": hardware,
         "torch": torch.__version__,
+        "kernels": state(),
         "rows": rows,
     }
     args.results.mkdir(exist_ok=True)

@@ -92,7 +92,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     folder = flags.out or (where if flags.weights.exists() else Path())  # nothing goes into the Hub's cache
     folder.mkdir(parents=True, exist_ok=True)  # here: a folder that cannot be is told before the work
     device = choose_device(flags.device)
-    prepare_cpu()
+    if device.type == "cpu":
+        prepare_cpu()
     detector, card = load_weights(file, device, queries=flags.queries)
     dataset = open_dataset(data, flags.split, layout=flags.layout, skip_missing=flags.skip_missing)
     for note in dataset.notes:

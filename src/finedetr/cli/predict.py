@@ -78,7 +78,8 @@ def run(words: Sequence[str]) -> dict[str, Any] | None:
     if not flags.overwrite:
         refuse_existing(_theirs(flags, sources), "Give another --out, or --overwrite to replace it.")
     device = choose_device(flags.device)
-    prepare_cpu()
+    if device.type == "cpu":
+        prepare_cpu()
     detector, card = load_weights(weights, device, queries=flags.queries)
     card = replace(card, size=flags.size or card.size)
     predictor = Predictor(

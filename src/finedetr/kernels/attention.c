@@ -11,6 +11,7 @@
 
 #include "vectors.h"
 
+#define ROWS (LANES / 2)  // with two vectors of each, as many sums as there are registers for
 #define COLUMNS (2 * LANES)
 #define SHARPNESS (1.44269504f / sqrtf(HEAD))  // of scores, for powers of two
 
@@ -279,8 +280,7 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
             if (r < rows) {
                 level = levels[task * (long)a->count + first + r];
                 for (int d = 0; d < HEAD; d += LANES)
-                    product += get(to_answers + r * HEAD + d) *
-                               get(room->answers + (first + r) * HEAD + d);
+                    product += get(to_answers + r * HEAD + d) * get(room->answers + (first + r) * HEAD + d);
             }
             float mean = sum(product);
             for (int b = 0; b < found; b++)

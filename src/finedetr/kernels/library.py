@@ -26,7 +26,7 @@ __all__ = ["address", "floats", "library", "state", "takes"]
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
-PATIENCE = 120  # seconds for a compiler that takes one
+PATIENCE = 120  # seconds that a compiler may take
 
 _given_up: set[tuple[str, ...]] = set()  # compilers that could not compile one of them: said once, not for each
 

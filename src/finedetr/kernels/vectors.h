@@ -1,14 +1,12 @@
-// Vectors of floats, as GCC and Clang know them on every processor, and the few functions that both kernels need.
+// Vectors of floats, as GCC and Clang know them on every processor, and the few functions that kernels share.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #ifdef __AVX512F__
 #define LANES 16
-#define ROWS 8  // of queries that are worked on together: as many sums as there are registers for
 #else
 #define LANES 8
-#define ROWS 4
 #endif
 
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
