@@ -37,8 +37,7 @@ typedef struct {
     int half;                    // whether they are bfloat16
     const uint8_t *blocked;      // for the first `extra` queries, what they must not see [*B, extra, N]
     long blocked_stride;         // from one picture's to the next's; 0 where all have one
-    uint8_t *hidden;             // the same with room behind each row, all of it hidden; see `survey`
-    uint8_t *blocks;             // how much the rows of each block of them see of each block of keys
+    uint8_t *survey;             // room for what `survey` makes of it
     int extra, batch, heads, count;
 } Attention;
 
@@ -46,7 +45,8 @@ enum { NONE, SOME, ALL };
 
 typedef struct {
     float *queries, *keys, *values, *answers, *to_answers, *to_keys, *to_values;
-    float *queries_down, *keys_across, *to_answers_down, *values_across;  // for products: rows, and columns
+    float *pairs, *more_pairs;           // of rows for products
+    float *keys_across, *values_across;  // the other way round
     float *scores, *slopes;  // of ROWS queries
     int *columns;            // where the blocks of keys begin that they see
     uint8_t *partly;         // those of which they see a part only
@@ -84,20 +84,22 @@ static void take(float *to, const void *from, int half, long at, long stride, lo
     memset(to + count * HEAD, 0, (padded(count) - count) * HEAD * sizeof(float));
 }
 
-// rows for products, and the same the other way round: of single numbers, or of pairs of bfloat16 where they come so
-static void arrange(const Attention *a, float *down, float *across, const void *from, const float *taken, long at,
-                    long stride) {
+// rows for products: those that were taken, or, where numbers come as bfloat16 and are paired, `to` with pairs of them
+static const float *rows_for_products(const Attention *a, float *to, const float *taken, const void *from, long at,
+                                      long stride) {
+    const long size = padded(a->count), steps = HEAD / 2;
+    if (!paired(a)) return taken;
+    for (long i = 0; i < a->count; i++)
+        memcpy(to + i * steps, (const uint16_t *)from + at + i * stride, steps * sizeof(float));
+    memset(to + a->count * steps, 0, (size - a->count) * steps * sizeof(float));
+    return to;
+}
+
+// the same the other way round
+static void turn(const Attention *a, float *to, const float *rows) {
     const long size = padded(a->count), steps = paired(a) ? HEAD / 2 : HEAD;
-    if (paired(a)) {
-        for (long i = 0; i < a->count; i++)
-            memcpy(down + i * steps, (const uint16_t *)from + at + i * stride, steps * sizeof(float));
-        memset(down + a->count * steps, 0, (size - a->count) * steps * sizeof(float));
-    } else {
-        memcpy(down, taken, size * steps * sizeof(float));
-    }
-    if (!across) return;
     for (int d = 0; d < steps; d++)
-        for (long i = 0; i < size; i++) ((uint32_t *)across)[d * size + i] = ((const uint32_t *)down)[i * steps + d];
+        for (long i = 0; i < size; i++) ((uint32_t *)to)[d * size + i] = ((const uint32_t *)rows)[i * steps + d];
 }
 
 // rows · columns, for ROWS rows and the columns from `at` on
@@ -134,20 +136,32 @@ static long blocks_of(long count, long size) { return (count + size - 1) / size;
 
 static long of_picture(const Attention *a, long picture, long size) { return a->blocked_stride ? picture * size : 0; }
 
-// what the caller has to give: floats for each thread, bytes for `hidden` and for `blocks`
-void attention_rooms(const Attention *a, long *sizes) {
-    const long pictures = a->blocked_stride ? a->batch : 1;
-    sizes[0] = room_of(a->count);
-    sizes[1] = pictures * a->extra * padded(a->count);
-    sizes[2] = pictures * blocks_of(a->extra, ROWS) * blocks_of(a->count, COLUMNS);
+static long pictures_of(const Attention *a) { return a->blocked_stride ? a->batch : 1; }
+
+// floats that one thread needs
+long attention_room(const Attention *a) { return room_of(a->count); }
+
+// of what must not be seen: its rows with room behind each, all of it hidden, and how much ROWS of them see of COLUMNS
+static uint8_t *hidden_of(const Attention *a, long picture) {
+    return a->survey + of_picture(a, picture, a->extra * padded(a->count));
 }
 
-// fills `hidden` and `blocks`
+static uint8_t *blocks_seen(const Attention *a, long picture) {
+    const long size = blocks_of(a->extra, ROWS) * blocks_of(a->count, COLUMNS);
+    return a->survey + pictures_of(a) * a->extra * padded(a->count) + of_picture(a, picture, size);
+}
+
+// bytes of both
+long attention_survey(const Attention *a) {
+    return pictures_of(a) *
+           (a->extra * padded(a->count) + blocks_of(a->extra, ROWS) * blocks_of(a->count, COLUMNS));
+}
+
 static void survey(const Attention *a) {
     const long size = padded(a->count), wide = blocks_of(a->count, COLUMNS), high = blocks_of(a->extra, ROWS);
-    for (long picture = 0; picture < (a->blocked_stride ? a->batch : 1); picture++) {
+    for (long picture = 0; picture < pictures_of(a); picture++) {
         const uint8_t *blocked = a->blocked + picture * a->blocked_stride;
-        uint8_t *hidden = a->hidden + picture * a->extra * size, *blocks = a->blocks + picture * high * wide;
+        uint8_t *hidden = hidden_of(a, picture), *blocks = blocks_seen(a, picture);
         memset(hidden, 1, a->extra * size);
         for (long i = 0; i < a->extra; i++) memcpy(hidden + i * size, blocked + i * a->count, a->count);
         for (long b = 0; b < high * wide; b++) {
@@ -162,7 +176,7 @@ static void survey(const Attention *a) {
 
 // the blocks of keys that the ROWS queries from `first` on see: extra ones what they may, others those that are none
 static int look(const Attention *a, long picture, long first, const Room *room) {
-    const long wide = blocks_of(a->count, COLUMNS), high = blocks_of(a->extra, ROWS);
+    const long wide = blocks_of(a->count, COLUMNS);
     int found = 0;
     if (first >= a->extra) {
         for (long at = a->extra; at < a->count; at += COLUMNS) {
@@ -171,7 +185,7 @@ static int look(const Attention *a, long picture, long first, const Room *room) 
         }
         return found;
     }
-    const uint8_t *blocks = a->blocks + of_picture(a, picture, high * wide) + first / ROWS * wide;
+    const uint8_t *blocks = blocks_seen(a, picture) + first / ROWS * wide;
     for (long b = 0; b < wide; b++) {
         if (blocks[b] == NONE) continue;
         room->columns[found] = b * COLUMNS;
@@ -197,21 +211,36 @@ static int rows_from(const Attention *a, long first) {
     return end - first < ROWS ? end - first : ROWS;
 }
 
-static void forward_task(const Attention *a, int task, const Room *room, void *out, float *levels) {
-    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads;
-    const long head = task % a->heads * HEAD, numbers = picture * a->count * width;
-    const long of_values = numbers + head, of_joint = 2 * numbers + head;
-    const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
-    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
-    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
-    take(room->values, a->values, a->half, of_values, width, a->count);
-    arrange(a, room->queries_down, NULL, a->joint, room->queries, of_joint, 2 * width);
-    arrange(a, room->to_answers_down, room->keys_across, a->joint, room->keys, of_joint + width, 2 * width);
+// where the numbers of a task are
+typedef struct {
+    long picture, width, size;        // numbers of a row of values; rows of a table
+    long of_queries, of_keys, of_values;  // the first ones
+    const uint8_t *hidden;
+} Task;
+
+// takes queries, keys and values, and turns the keys
+static Task begin(const Attention *a, int number, const Room *room) {
+    const long picture = number / a->heads, width = (long)a->heads * HEAD, head = number % a->heads * HEAD;
+    const long before = picture * a->count * width;
+    const Task task = {picture, width, padded(a->count), 2 * before + head, 2 * before + head + width, before + head,
+                       hidden_of(a, picture)};
+    take(room->queries, a->joint, a->half, task.of_queries, 2 * width, a->count);
+    take(room->keys, a->joint, a->half, task.of_keys, 2 * width, a->count);
+    take(room->values, a->values, a->half, task.of_values, width, a->count);
+    turn(a, room->keys_across, rows_for_products(a, room->pairs, room->keys, a->joint, task.of_keys, 2 * width));
+    return task;
+}
+
+static void forward_task(const Attention *a, int number, const Room *room, void *out, float *levels) {
+    const Task task = begin(a, number, room);
+    const long width = task.width, size = task.size;
+    const float *rows_of_queries =
+        rows_for_products(a, room->pairs, room->queries, a->joint, task.of_queries, 2 * width);
     for (long first = 0, rows; first < a->count; first += rows) {
         rows = rows_from(a, first);
-        int found = look(a, picture, first, room);
+        int found = look(a, task.picture, first, room);
         float weight[ROWS];
-        meet(a, room, room->scores, room->queries_down, room->keys_across, first, found);
+        meet(a, room, room->scores, rows_of_queries, room->keys_across, first, found);
         for (int r = 0; r < rows; r++) {
             float *scores = room->scores + r * size;
             floats left = all(-3e38f), right = left, total = all(0);
@@ -219,8 +248,8 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
                 const long at = room->columns[b];
                 floats *one = (floats *)(scores + at), *other = one + 1;
                 if (room->partly[b]) {
-                    *one = seen(a, hidden, first + r, at, *one);
-                    *other = seen(a, hidden, first + r, at + LANES, *other);
+                    *one = seen(a, task.hidden, first + r, at, *one);
+                    *other = seen(a, task.hidden, first + r, at + LANES, *other);
                 }
                 left = larger(*one, left);
                 right = larger(*other, right);
@@ -233,7 +262,7 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
                 }
             float whole = sum(total);
             weight[r] = whole == 0 ? 0 : 1 / whole;  // one that sees nothing answers nothing
-            levels[task * (long)a->count + first + r] = whole == 0 ? INFINITY : top + log2f(whole);
+            levels[number * (long)a->count + first + r] = whole == 0 ? INFINITY : top + log2f(whole);
         }
         for (int d = 0; d < HEAD; d += LANES) {
             floats answer[ROWS];
@@ -245,40 +274,36 @@ static void forward_task(const Attention *a, int task, const Room *room, void *o
                     for (int r = 0; r < ROWS; r++) answer[r] += room->scores[r * size + j] * value;
                 }
             for (int r = 0; r < rows; r++)
-                store(out, a->half, of_values + (first + r) * width + d, answer[r] * weight[r]);
+                store(out, a->half, task.of_values + (first + r) * width + d, answer[r] * weight[r]);
         }
     }
 }
 
-static void backward_task(const Attention *a, int task, const Room *room, const void *out, const void *to_out,
+static void backward_task(const Attention *a, int number, const Room *room, const void *out, const void *to_out,
                           const float *levels, void *to_joint, void *to_values) {
-    const long width = (long)a->heads * HEAD, size = padded(a->count), picture = task / a->heads;
-    const long head = task % a->heads * HEAD, numbers = picture * a->count * width;
-    const long of_values = numbers + head, of_joint = 2 * numbers + head;
-    const uint8_t *hidden = a->hidden + of_picture(a, picture, a->extra * size);
-    take(room->queries, a->joint, a->half, of_joint, 2 * width, a->count);
-    take(room->keys, a->joint, a->half, of_joint + width, 2 * width, a->count);
-    take(room->values, a->values, a->half, of_values, width, a->count);
-    take(room->answers, out, a->half, of_values, width, a->count);
-    take(room->to_answers, to_out, a->half, of_values, width, a->count);
-    arrange(a, room->to_answers_down, room->keys_across, a->joint, room->keys, of_joint + width, 2 * width);
-    arrange(a, room->to_answers_down, room->values_across, a->values, room->values, of_values, width);
-    arrange(a, room->queries_down, NULL, a->joint, room->queries, of_joint, 2 * width);
-    arrange(a, room->to_answers_down, NULL, to_out, room->to_answers, of_values, width);
+    const Task task = begin(a, number, room);
+    const long width = task.width, size = task.size;
+    take(room->answers, out, a->half, task.of_values, width, a->count);
+    take(room->to_answers, to_out, a->half, task.of_values, width, a->count);
+    turn(a, room->values_across, rows_for_products(a, room->pairs, room->values, a->values, task.of_values, width));
+    const float *rows_of_queries =
+        rows_for_products(a, room->pairs, room->queries, a->joint, task.of_queries, 2 * width);
+    const float *rows_of_answers =
+        rows_for_products(a, room->more_pairs, room->to_answers, to_out, task.of_values, width);
     memset(room->to_keys, 0, size * HEAD * sizeof(float));
     memset(room->to_values, 0, size * HEAD * sizeof(float));
     for (long first = 0, rows; first < a->count; first += rows) {
         rows = rows_from(a, first);
-        int found = look(a, picture, first, room);
+        int found = look(a, task.picture, first, room);
         const float *queries = room->queries + first * HEAD, *to_answers = room->to_answers + first * HEAD;
-        meet(a, room, room->scores, room->queries_down, room->keys_across, first, found);
-        meet(a, room, room->slopes, room->to_answers_down, room->values_across, first, found);
+        meet(a, room, room->scores, rows_of_queries, room->keys_across, first, found);
+        meet(a, room, room->slopes, rows_of_answers, room->values_across, first, found);
         for (int r = 0; r < ROWS; r++) {
             float *scores = room->scores + r * size, *slopes = room->slopes + r * size;
             float level = INFINITY;  // no weights where no query is
             floats product = all(0);
             if (r < rows) {
-                level = levels[task * (long)a->count + first + r];
+                level = levels[number * (long)a->count + first + r];
                 for (int d = 0; d < HEAD; d += LANES)
                     product += get(to_answers + r * HEAD + d) * get(room->answers + (first + r) * HEAD + d);
             }
@@ -287,7 +312,7 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
                 for (int c = 0; c < COLUMNS; c += LANES) {
                     const long at = room->columns[b] + c;
                     floats *score = (floats *)(scores + at), *slope = (floats *)(slopes + at);
-                    if (room->partly[b] && r < rows) *score = seen(a, hidden, first + r, at, *score);
+                    if (room->partly[b] && r < rows) *score = seen(a, task.hidden, first + r, at, *score);
                     *score = power_of_two(*score * SHARPNESS - level);
                     *slope = *score * (*slope - mean);
                 }
@@ -316,14 +341,14 @@ static void backward_task(const Attention *a, int task, const Room *room, const 
                     *to_value = value_sum;
                 }
             for (int r = 0; r < rows; r++)
-                store(to_joint, a->half, of_joint + (first + r) * 2 * width + d, to_query[r] / sqrtf(HEAD));
+                store(to_joint, a->half, task.of_queries + (first + r) * 2 * width + d, to_query[r] / sqrtf(HEAD));
         }
     }
     for (long i = 0; i < a->count; i++)
         for (int d = 0; d < HEAD; d += LANES) {
-            store(to_joint, a->half, of_joint + width + i * 2 * width + d,
+            store(to_joint, a->half, task.of_keys + i * 2 * width + d,
                   get(room->to_keys + i * HEAD + d) / sqrtf(HEAD));
-            store(to_values, a->half, of_values + i * width + d, get(room->to_values + i * HEAD + d));
+            store(to_values, a->half, task.of_values + i * width + d, get(room->to_values + i * HEAD + d));
         }
 }
 
@@ -334,7 +359,7 @@ void attention_forward(const Attention *a, void *out, float *levels, float *room
     {
         Room own = divide(room + omp_get_thread_num() * room_of(a->count), a->count);
 #pragma omp for schedule(static)
-        for (int task = 0; task < a->batch * a->heads; task++) forward_task(a, task, &own, out, levels);
+        for (int number = 0; number < a->batch * a->heads; number++) forward_task(a, number, &own, out, levels);
     }
 }
 
@@ -346,7 +371,7 @@ void attention_backward(const Attention *a, const void *out, const void *to_out,
     {
         Room own = divide(room + omp_get_thread_num() * room_of(a->count), a->count);
 #pragma omp for schedule(static)
-        for (int task = 0; task < a->batch * a->heads; task++)
-            backward_task(a, task, &own, out, to_out, levels, to_joint, to_values);
+        for (int number = 0; number < a->batch * a->heads; number++)
+            backward_task(a, number, &own, out, to_out, levels, to_joint, to_values);
     }
 }

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, floats, library, takes
+from finedetr.kernels.library import address, call, floats, library, room, takes
 
 __all__ = ["attention"]
 
@@ -63,8 +63,7 @@ class _Arguments(ctypes.Structure):
         ("half", ctypes.c_int),
         ("blocked", ctypes.c_void_p),
         ("blocked_stride", ctypes.c_long),
-        ("hidden", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
+        ("survey", ctypes.c_void_p),
         ("extra", ctypes.c_int),
         ("batch", ctypes.c_int),
         ("heads", ctypes.c_int),
@@ -72,43 +71,32 @@ class _Arguments(ctypes.Structure):
     )
 
 
-class _Call:
-    """One call of the kernel, with the memory that it needs for as many threads as torch has."""
-
-    def __init__(self, joint: Tensor, values: Tensor, blocked: Tensor, heads: int, kernel: ctypes.CDLL) -> None:
-        batch, count, _ = values.shape
-        stride = blocked.stride(0) if blocked.dim() == 3 else 0
-        self.kernel, self.threads = kernel, torch.get_num_threads()
-        self.arguments = _Arguments(
-            address(joint),
-            address(values),
-            values.dtype == torch.bfloat16,
-            address(blocked),
-            stride,
-            None,
-            None,
-            blocked.shape[-2],
-            batch,
-            heads,
-            count,
-        )
-        sizes = (ctypes.c_long * 3)()
-        kernel.attention_rooms(ctypes.byref(self.arguments), sizes)
-        self.room = floats(self.threads * sizes[0])
-        self.tables = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes[1:]]
-        self.arguments.hidden, self.arguments.blocks = (address(table) for table in self.tables)
-
-    def __call__(self, name: str, *tensors: Tensor) -> None:
-        """Runs one of its functions."""
-        given = [address(tensor) for tensor in (*tensors, self.room)]
-        getattr(self.kernel, name)(ctypes.byref(self.arguments), *given, self.threads)
+def _run(kernel: ctypes.CDLL, name: str, given: tuple[Tensor, Tensor, Tensor], heads: int, *others: Tensor) -> None:
+    """One of the kernel's functions, for joint, values and blocked."""
+    joint, values, blocked = given
+    batch, count, _ = values.shape
+    arguments = _Arguments(
+        joint=address(joint),
+        values=address(values),
+        half=values.dtype == torch.bfloat16,
+        blocked=address(blocked),
+        blocked_stride=blocked.stride(0) if blocked.dim() == 3 else 0,
+        extra=blocked.shape[-2],
+        batch=batch,
+        heads=heads,
+        count=count,
+    )
+    kernel.attention_survey.restype = ctypes.c_long
+    survey = torch.empty(kernel.attention_survey(ctypes.byref(arguments)), dtype=torch.uint8, device="cpu")
+    arguments.survey = address(survey)
+    call(getattr(kernel, name), arguments, *others, room(kernel.attention_room, arguments))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joint: Tensor, values: Tensor, blocked: Tensor, heads: int, kernel: ctypes.CDLL) -> Tensor:
         out, levels = torch.empty_like(values), floats(values.shape[0], heads, values.shape[1])
-        _Call(joint, values, blocked, heads, kernel)("attention_forward", out, levels)
+        _run(kernel, "attention_forward", (joint, values, blocked), heads, out, levels)
         ctx.save_for_backward(joint, values, blocked, out, levels)
         ctx.heads, ctx.kernel = heads, kernel
         return out
@@ -118,6 +106,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         joint, values, blocked, out, levels = ctx.saved_tensors
         to_joint, to_values = torch.empty_like(joint), torch.empty_like(values)
-        call = _Call(joint, values, blocked, ctx.heads, ctx.kernel)
-        call("attention_backward", out, grad.contiguous(), levels, to_joint, to_values)
+        slopes = (out, grad.contiguous(), levels, to_joint, to_values)
+        _run(ctx.kernel, "attention_backward", (joint, values, blocked), ctx.heads, *slopes)
         return to_joint, to_values, None, None, None

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, floats, library, takes
+from finedetr.kernels.library import address, call, floats, library, pixels, room, takes
 
 __all__ = ["deformable_sum"]
 
@@ -50,7 +50,7 @@ def deformable_sum(
     batch, count, _, total = offsets.shape
     references = references.float().expand(batch, count, -1)  # some have the same ones for all pictures
     _check_sizes(batch, count, total, logits, references, stretch, memory, (points, heads))
-    given = (offsets, logits, references, stretch.float(), *(level.permute(0, 2, 3, 1) for level in memory))
+    given = (offsets, logits, references, stretch.float(), *(pixels(level) for level in memory))
     out: Tensor = _Sum.apply(points, heads, kernel, *(tensor.contiguous() for tensor in given))  # type: ignore[no-untyped-call]
     return out
 
@@ -155,7 +155,7 @@ class _Sum(torch.autograd.Function):
         out = offsets.new_empty(*offsets.shape[:2], levels[0].shape[-1])
         arguments = _arguments(given, points, heads)
         half = int(out.dtype == torch.bfloat16)
-        kernel.deformable_forward(ctypes.byref(arguments), address(out), half, torch.get_num_threads())
+        call(kernel.deformable_forward, arguments, out, half)
         ctx.save_for_backward(*given)
         ctx.points, ctx.heads, ctx.kernel = points, heads, kernel
         return out
@@ -163,11 +163,9 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given, heads, kernel, threads = ctx.saved_tensors, ctx.heads, ctx.kernel, torch.get_num_threads()
+        given, heads, kernel = ctx.saved_tensors, ctx.heads, ctx.kernel
         offsets, logits, references, _, *levels = given
         arguments = _arguments(given, ctx.points, heads)
-        kernel.deformable_room.restype = ctypes.c_long
-        room = floats(threads * kernel.deformable_room(ctypes.byref(arguments)))
         to_offsets, to_logits = torch.empty_like(offsets), torch.empty_like(logits)
         to_levels = tuple(torch.empty_like(level) for level in levels)
         batch, count, size = references.shape
@@ -181,6 +179,6 @@ class _Sum(torch.autograd.Function):
             _table(to_levels),
             None if to_references is None else address(to_references),
         )
-        kernel.deformable_backward(ctypes.byref(arguments), ctypes.byref(gradients), address(room), threads)
+        call(kernel.deformable_backward, arguments, gradients, room(kernel.deformable_room, arguments))
         summed = None if to_references is None else to_references.sum(dim=2)
         return None, None, None, to_offsets, to_logits, summed, None, *to_levels

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, floats, library, takes
+from finedetr.kernels.library import address, call, floats, library, pixels, room, takes
 
 __all__ = ["depthwise"]
 
@@ -67,24 +67,6 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def _place(x: Tensor) -> ctypes.c_void_p:
-    return address(x.permute(0, 2, 3, 1))
-
-
-class _Call:
-    """One call of the kernel, with the memory that it needs for as many threads as torch has."""
-
-    def __init__(self, kernel: ctypes.CDLL, x: Tensor, table: Tensor, sizes: tuple[int, ...]) -> None:
-        self.kernel, self.threads = kernel, torch.get_num_threads()
-        self.arguments = _Arguments(_place(x), address(table), *sizes)
-        kernel.depthwise_room.restype = ctypes.c_long
-        self.room = floats(self.threads * kernel.depthwise_room(ctypes.byref(self.arguments)))
-
-    def __call__(self, name: str, *given: ctypes.c_void_p) -> None:
-        """Runs one of its functions."""
-        getattr(self.kernel, name)(ctypes.byref(self.arguments), *given, address(self.room), self.threads)
-
-
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, kernel: ctypes.CDLL) -> Tensor:
@@ -96,7 +78,8 @@ class _Depthwise(torch.autograd.Function):
         )
         table = weight.detach().permute(2, 3, 1, 0).contiguous()
         ctx.sizes, ctx.kernel = (batch, channels, height, width, *out_sizes, stride, padding), kernel
-        _Call(kernel, x, table, ctx.sizes)("depthwise_forward", _place(out))
+        arguments = _Arguments(address(pixels(x)), address(table), *ctx.sizes)
+        call(kernel.depthwise_forward, arguments, pixels(out), room(kernel.depthwise_room, arguments))
         ctx.save_for_backward(x, table)
         return out
 
@@ -106,6 +89,7 @@ class _Depthwise(torch.autograd.Function):
         x, table = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         to_x, to_weights = torch.empty_like(x), floats(x.shape[0], *table.shape)
-        call = _Call(ctx.kernel, x, table, ctx.sizes)
-        call("depthwise_backward", _place(grad), _place(to_x), address(to_weights))
+        arguments = _Arguments(address(pixels(x)), address(table), *ctx.sizes)
+        given = (pixels(grad), pixels(to_x), to_weights, room(ctx.kernel.depthwise_room, arguments))
+        call(ctx.kernel.depthwise_backward, arguments, *given)
         return to_x, to_weights.sum(dim=0).permute(3, 2, 0, 1).contiguous(), None, None, None

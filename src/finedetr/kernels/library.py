@@ -16,13 +16,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finedetr._env import read
 
-__all__ = ["address", "floats", "library", "state", "takes"]
+__all__ = ["address", "call", "floats", "library", "pixels", "room", "state", "takes"]
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -47,9 +48,31 @@ def address(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
+def pixels(x: Tensor) -> Tensor:
+    """A map [B, D, H, W] as kernels read it, [B, H, W, D]."""
+    return x.permute(0, 2, 3, 1)
+
+
 def floats(*shape: int) -> Tensor:
     """Room for float32 numbers in the memory of this machine, whatever torch's defaults are."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
+def room(size: Any, arguments: ctypes.Structure, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for as many threads as torch has; `size`, a function of the kernel, says how much one of them needs."""
+    size.restype = ctypes.c_long
+    return torch.empty(torch.get_num_threads() * size(ctypes.byref(arguments)), dtype=dtype, device="cpu")
+
+
+def call(function: Any, *given: object) -> None:
+    """Calls a function of a kernel with structures, contiguous tensors and numbers, and torch's number of threads."""
+    function(*(_as_c(thing) for thing in given), torch.get_num_threads())
+
+
+def _as_c(thing: object) -> object:
+    if isinstance(thing, Tensor):
+        return address(thing)
+    return ctypes.byref(thing) if isinstance(thing, ctypes.Structure) else thing
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finedetr.kernels.library import address, floats, library, takes
+from finedetr.kernels.library import address, call, floats, library, pixels, room, takes
 
 __all__ = ["normalization"]
 
@@ -74,37 +74,21 @@ class _Arguments(ctypes.Structure):
     )
 
 
-class _Call:
-    """One call of the kernel, with the memory that it needs for as many threads as torch has."""
-
-    def __init__(self, ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        channels = x.shape[1]
-        scale, shift = ctx.affine or (1.0, 0.0)
-        self.kernel, self.threads = ctx.kernel, torch.get_num_threads()
-        self.arguments = _Arguments(
-            _place(x),
-            x.dtype == torch.bfloat16,
-            address(weight),
-            address(bias),
-            scale,
-            shift,
-            ctx.epsilon,
-            ctx.act,
-            ctx.affine is not None,
-            channels,
-            x.numel() // channels,
-        )
-        self.kernel.normalization_room.restype = ctypes.c_long
-        size = self.threads * self.kernel.normalization_room(ctypes.byref(self.arguments))
-        self.room = torch.empty(size, dtype=torch.float64, device="cpu")
-
-    def __call__(self, name: str, *given: Any) -> None:
-        """Runs one of its functions."""
-        getattr(self.kernel, name)(ctypes.byref(self.arguments), *given, address(self.room), self.threads)
-
-
-def _place(x: Tensor) -> ctypes.c_void_p:
-    return address(x.permute(0, 2, 3, 1))
+def _arguments(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> _Arguments:
+    scale, shift = ctx.affine or (1.0, 0.0)
+    return _Arguments(
+        x=address(pixels(x)),
+        half=x.dtype == torch.bfloat16,
+        weight=address(weight),
+        bias=address(bias),
+        scale=scale,
+        shift=shift,
+        epsilon=ctx.epsilon,
+        act=ctx.act,
+        affine=ctx.affine is not None,
+        channels=x.shape[1],
+        pixels=x.numel() // x.shape[1],
+    )
 
 
 class _Normalization(torch.autograd.Function):
@@ -126,15 +110,10 @@ class _Normalization(torch.autograd.Function):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.momentum is not None
-        _Call(ctx, x, weight, bias)(
-            "normalization_forward",
-            _place(out),
-            address(mean),
-            address(inverse),
-            address(norm.running_mean),
-            address(norm.running_var),
-            ctypes.c_float(norm.momentum),
-        )
+        arguments = _arguments(ctx, x, weight, bias)
+        statistics = (mean, inverse, norm.running_mean, norm.running_var, ctypes.c_float(norm.momentum))
+        memory = room(kernel.normalization_room, arguments, torch.float64)
+        call(kernel.normalization_forward, arguments, pixels(out), *statistics, memory)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         return out
 
@@ -145,16 +124,9 @@ class _Normalization(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         to_x, to_weight, to_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         to_affine = floats(2)
-        call = _Call(ctx, x, weight, bias)
-        call(
-            "normalization_backward",
-            _place(grad),
-            address(mean),
-            address(inverse),
-            _place(to_x),
-            address(to_weight),
-            address(to_bias),
-            address(to_affine),
-        )
+        arguments = _arguments(ctx, x, weight, bias)
+        slopes = (pixels(to_x), to_weight, to_bias, to_affine)
+        memory = room(ctx.kernel.normalization_room, arguments, torch.float64)
+        call(ctx.kernel.normalization_backward, arguments, pixels(grad), mean, inverse, *slopes, memory)
         to_scale, to_shift = (None, None) if ctx.affine is None else (to_affine[:1], to_affine[1:])
         return to_x, to_weight, to_bias, to_scale, to_shift, None, None, None
